@@ -1,0 +1,33 @@
+# Every target sets up .venv by itself. PYTHON chooses the interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: train test lab notebooks lint colab
+train: $(READY)
+	$(BIN)/python mnist_sae_train.py
+
+test: lint
+	$(BIN)/pytest tests
+	$(BIN)/pytest --nbmake notebooks
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+notebooks: $(READY)
+	$(BIN)/python tools/notebooks.py run
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+colab: $(READY)
+	$(BIN)/python tools/notebooks.py colab "$(REPO)"
+
+# Renewed when the dependencies change, and after an installation that broke off.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or later is needed: make PYTHON=/path/to/python3.10 …"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
