@@ -1,0 +1,257 @@
+"""Train an ensemble of top-k sparse autoencoders on MNIST, or explain its initial loss (--analyze_loss)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import fields, replace
+from datetime import datetime
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+import sae_helpers as sae
+
+STATE = "training_state.pt"
+# Command line names are the reference system's; the recipe's are the field's.
+RECIPE_OPTIONS = {
+    "epochs": "epochs",
+    "k": "k",
+    "hidden_size": "d_sae",
+    "num_saes": "n_members",
+    "batch_size": "batch_size",
+    "learning_rate": "learning_rate",
+    "consistency_weight": "consistency_weight",
+    "seed": "seed",
+}
+REPORTED = ("mse", "pearson", "explained_variance", "dead_fraction")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    defaults = sae.RECIPES["improved"]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: %(default)s")
+    parser.add_argument("--analyze_loss", action="store_true", help="explain the initial loss, and end")
+    parser.add_argument("--recipe", choices=sorted(sae.RECIPES), help="default: improved")
+    for option, field in RECIPE_OPTIONS.items():
+        kind = type(getattr(defaults, field))
+        parser.add_argument(f"--{option}", type=kind, metavar=kind.__name__.upper(), help="default: the recipe's")
+    parser.add_argument("--data", metavar="DIR", help="four idx files in MNIST's format; default: MNIST itself")
+    parser.add_argument("--out", metavar="DIR", help="where to write; default: runs/<time>")
+    parser.add_argument("--wandb", choices=["disabled", "offline", "online"], default="disabled")
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.analyze_loss:
+            analyze_loss(args)
+        else:
+            train(args)
+    except sae.SAEError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped; --resume --out DIR goes on from the last whole epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+def chosen_recipe(args) -> sae.Recipe:
+    given = {field: getattr(args, option) for option, field in RECIPE_OPTIONS.items()}
+    return replace(
+        sae.RECIPES[args.recipe or "improved"], **{field: value for field, value in given.items() if value is not None}
+    )
+
+
+def load_data(args) -> sae.Images:
+    data = sae.load_idx(args.data) if args.data else sae.load_mnist()
+    print(f"data: {data.name}, {len(data.train):,} training and {len(data.test):,} test images")
+    return data
+
+
+def analyze_loss(args) -> None:
+    """Baselines, the initial loss of each member, the prediction, the verdict."""
+    recipe, device = chosen_recipe(args), sae.pick_device(args.device)
+    data = load_data(args)
+    mean = data.train.mean(0)
+    model = sae.Trainer(replace(recipe, decoder_bias=False), data.train, device).model
+    energy = data.train.square().mean().item()
+    print(f"zero image, training images:          MSE {energy:.4f}")
+    for part, x in (("training", data.train), ("test", data.test)):
+        print(f"mean image, {part + ' images:':<25} MSE {sae.mse(x, mean.expand_as(x)):.4f}")
+    quality = sae.evaluate(model, data.train.to(device), mean.to(device))
+    initial = quality["mse"].tolist()
+    for m, (loss, correlation) in enumerate(zip(initial, quality["pearson"].tolist())):
+        print(f"member {m}, untrained, training images: MSE {loss:.4f}, Pearson {correlation:.2f}")
+    predicted = sae.predict_initial_mse(energy, model.d_in, model.d_sae, model.k)
+    print(f"predicted from order statistics:      MSE {predicted:.4f}")
+    loss, baseline = np.mean(initial), sae.mse(data.train, mean.expand_as(data.train)).item()
+    print(
+        f"verdict: the mean initial loss {loss:.4f} is {abs(loss / predicted - 1):.1%} "
+        f"{'below' if loss < predicted else 'above'} the prediction, and {'worse' if loss > baseline else 'better'} "
+        f"than the mean image ({baseline:.4f}), which looks at no pixel"
+    )
+
+
+def train(args) -> None:
+    device = sae.pick_device(args.device)
+    if args.resume and not args.out:
+        raise sae.SAEError("--resume needs --out DIR: the folder of the run to go on with")
+    out = Path(args.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    state = read_state(out) if args.resume else None
+    recipe = resumed_recipe(args, state) if state else chosen_recipe(args)
+    if not state:
+        prepare(out)
+    data = load_data(args)
+    if state and state["data"] != data.name:
+        raise sae.SAEError(f"{out} was trained on {state['data']}, this is {data.name}: give the same data")
+    print(f"device: {device}; recipe: {recipe.name}; {recipe.n_members} members; writing to {out}")
+
+    matplotlib.use("Agg")
+    trainer = sae.Trainer(recipe, data.train, device)
+    epochs, seconds = [], 0.0
+    if state:
+        trainer.load_state_dict(state["trainer"])
+        epochs, seconds = state["epochs"], state["seconds"]
+    run = start_wandb(args.wandb, recipe, data, out)
+    x_test, mean = data.test.to(device), data.train.mean(0).to(device)
+    x_train = trainer.x[: len(x_test)]  # as many as test images, so that dead fractions compare
+    began = time.perf_counter()
+
+    def after_epoch(trainer):
+        nonlocal seconds, began
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - began
+        entry = {"epoch": trainer.epoch, "step": trainer.step}
+        # JSON has no nan, which one member alone would give.
+        cosine = sae.matched_cosine(trainer.model.features()) if recipe.n_members > 1 else None
+        for part, x in (("train", x_train), ("test", x_test)):
+            quality = sae.evaluate(trainer.model, x, mean)
+            entry[part] = {name: quality[name].tolist() for name in REPORTED} | {"matched_cosine": cosine}
+        epochs.append(entry)
+        if run:
+            log_epoch(run, trainer, entry)
+        if trainer.step < trainer.total_steps:
+            saved = {"trainer": trainer.state_dict(), "epochs": epochs, "seconds": seconds, "data": data.name}
+            sae.write_atomically(out / STATE, lambda path: torch.save(saved, path))
+        began = time.perf_counter()
+
+    trainer.run(progress=True, after_epoch=after_epoch)
+    write_results(out, trainer, data, epochs, seconds)
+    if run:
+        finish_wandb(run, out)
+    (out / STATE).unlink(missing_ok=True)
+    test = epochs[-1]["test"]
+    print(
+        f"{data.name}, test images, mean of members: "
+        + ", ".join(f"{name} {np.mean(test[name]):.4f}" for name in REPORTED)
+        + (f", matched cosine {test['matched_cosine']:.3f}" if recipe.n_members > 1 else "")
+        + f"; {seconds:.0f} s of training; results in {out}"
+    )
+
+
+def prepare(out: Path) -> None:
+    """Make `out`; refuse to write over another run, and find out now whether writing works."""
+    if any((out / name).exists() for name in (STATE, "sae.safetensors")):
+        raise sae.SAEError(f"{out} already holds a run: choose another --out, or --resume it if it was interrupted")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        sae.write_atomically(out / "metrics.json", lambda path: path.write_text("{}"))
+        (out / "metrics.json").unlink()
+    except OSError as error:
+        raise sae.SAEError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
+
+
+def read_state(out: Path) -> dict:
+    path = out / STATE
+    if not path.exists():
+        raise sae.SAEError(f"{path} does not exist: there is no interrupted run to resume in {out}")
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:
+        raise sae.SAEError(f"{path} cannot be read ({error}): start a new run with another --out") from error
+
+
+def resumed_recipe(args, state: dict) -> sae.Recipe:
+    """The interrupted run's recipe; an option that contradicts it is an error, not ignored."""
+    recipe = sae.Recipe(**state["trainer"]["recipe"])
+    for option, field in {"recipe": "name", **RECIPE_OPTIONS}.items():
+        given, had = getattr(args, option), getattr(recipe, field)
+        if given not in (None, had):
+            raise sae.SAEError(f"--{option} {given} differs from the interrupted run's {had}: leave it out")
+    return recipe
+
+
+def write_results(out, trainer, data, epochs, seconds) -> None:
+    """Checkpoint, metrics and pictures, each whole or not there."""
+    recipe = trainer.recipe
+    trainer.model.save(out / "sae.safetensors", data=data.name, recipe=recipe.name)
+    metrics = {
+        "data": data.name,
+        "recipe": {field.name: getattr(recipe, field.name) for field in fields(recipe)},
+        "epochs": epochs,
+        "final": {part: epochs[-1][part] for part in ("train", "test")},
+        "train_images_evaluated": min(len(data.train), len(data.test)),
+        "seconds": seconds,
+        "device": trainer.x.device.type if trainer.x.device.type != "cuda" else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "seed": recipe.seed,
+    }
+    sae.write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
+    mean = trainer.x.mean(0)
+    activity = sae.evaluate(trainer.model, data.test.to(trainer.x.device), mean)["activity"]
+    pictures = {
+        "reconstructions": sae.plot_reconstructions(trainer.model, data),
+        "training_metrics": sae.plot_training(trainer.history, data, epochs),
+        "sae_features": sae.plot_features(trainer.model, activity, data),
+    }
+    for name, figure in pictures.items():
+        sae.write_atomically(out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, dpi=90))
+
+
+def start_wandb(mode: str, recipe, data, out):
+    """A Weights & Biases run, or None; never asks for a login."""
+    if mode == "disabled":
+        return None
+    import wandb
+
+    if mode == "online" and not wandb.api.api_key:
+        raise sae.SAEError("--wandb online needs a login: run `wandb login` once, or use --wandb offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    config = {field.name: getattr(recipe, field.name) for field in fields(recipe)} | {"data": data.name}
+    return wandb.init(project="mnist-sae", mode=mode, dir=str(out), config=config)
+
+
+def log_epoch(run, trainer, entry) -> None:
+    """This epoch's history, step by step, then its evaluation; means over the members."""
+    history = trainer.history
+    for i, step in enumerate(history["step"]):
+        if step >= entry["step"] - trainer.steps_per_epoch:
+            run.log({f"train/{name}": float(np.mean(values[i])) for name, values in history.items()}, step=step)
+    evaluated = {f"test/{name}": float(np.mean(value)) for name, value in entry["test"].items() if value is not None}
+    run.log(evaluated, step=entry["step"])
+
+
+def finish_wandb(run, out) -> None:
+    import wandb
+
+    names = ("reconstructions", "training_metrics", "sae_features")
+    run.log({name: wandb.Image(str(out / f"{name}.png")) for name in names})
+    artifact = wandb.Artifact("sae", type="model")
+    artifact.add_file(str(out / "sae.safetensors"))
+    run.log_artifact(artifact)
+    run.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

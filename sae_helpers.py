@@ -1,0 +1,822 @@
+"""Top-k sparse autoencoders on MNIST: data, model, training, metrics, pictures.
+
+The notebooks build each idea by hand; this module holds the polished versions.
+Letters used for shapes, here and in the notebooks:
+
+    M      n_members: autoencoders that train side by side
+    B      images in a batch
+    d_in   pixels of an image (784)
+    d_sae  features (1,024)
+    k      features kept for an image (50)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import http.client
+import io
+import math
+import os
+import socket
+import sys
+import tempfile
+import threading
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from safetensors import safe_open
+from safetensors.torch import save
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import norm
+from torch import Tensor, nn
+from torchvision.datasets import MNIST
+from tqdm.auto import tqdm
+
+
+class SAEError(ValueError):
+    """Something the user can mend; the message says in one line what, and how."""
+
+
+# --------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------
+
+_PROJECT = Path(__file__).resolve().parent
+_FILES = {
+    "train": "train-images-idx3-ubyte",
+    "train_labels": "train-labels-idx1-ubyte",
+    "test": "t10k-images-idx3-ubyte",
+    "test_labels": "t10k-labels-idx1-ubyte",
+}
+# SHA-256 of the four original MNIST files, unpacked.
+_SHA256 = {
+    "train": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train_labels": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "test": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "test_labels": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set in memory: pixels in [0, 1], images flattened."""
+
+    name: str
+    shape: tuple[int, int]  # height and width of an image, in pixels
+    train: Tensor  # [n_train, d_in], float32
+    train_labels: Tensor  # [n_train], int64
+    test: Tensor  # [n_test, d_in]
+    test_labels: Tensor  # [n_test]
+
+    @property
+    def is_mnist(self) -> bool:
+        """Claims about MNIST hold for nothing else."""
+        return self.name == "MNIST"
+
+
+def load_mnist(root: str | Path | None = None) -> Images:
+    """The 60,000 training and 10,000 test images of MNIST (LeCun et al. 1998).
+
+    `root` (default: `$MNIST_ROOT`, else the folder `data`) is in torchvision's layout:
+    `root/MNIST/raw/` holds the four files, plain or gzipped. Files that are missing are
+    downloaded; every file is checked against the original's checksum. Without a network
+    the 1,797 digits that come with scikit-learn stand in, with a warning.
+
+    Raises SAEError where `root` is no folder, or a file is damaged or cannot be read.
+    """
+    if root is None:
+        root = os.environ.get("MNIST_ROOT") or "data"
+    root = Path(root).expanduser()
+    # A notebook runs in its own folder; a relative path means the project's folder there.
+    if not root.exists() and not root.is_absolute() and (_PROJECT / "pyproject.toml").exists():
+        root = _PROJECT / root
+    if root.exists() and not root.is_dir():
+        raise SAEError(f"{root} is not a folder: set MNIST_ROOT to the folder that holds MNIST/raw, or to an empty one")
+    raw = root / "MNIST" / "raw"
+    with _one_line_errors(raw):
+        if any(_find(raw, stem) is None for stem in _FILES.values()) and not _download(raw):
+            return _offline_digits(raw)
+    return _load_raw(raw, "MNIST", _SHA256)
+
+
+def load_idx(folder: str | Path) -> Images:
+    """A data set in MNIST's file format (Fashion-MNIST, KMNIST, …), named by its folder.
+
+    The four idx files lie, plain or gzipped, in `folder` or in a folder `raw` below it.
+    Raises SAEError where one is missing, damaged or not of the right structure.
+    """
+    folder = Path(folder).expanduser()
+    with _one_line_errors(folder):
+        if not folder.is_dir():
+            raise SAEError(f"{folder} is not a folder: give the one that holds the four idx files")
+        raw = folder / "raw" if (folder / "raw").is_dir() else folder
+        return _load_raw(raw, folder.resolve().name, {})
+
+
+@contextlib.contextmanager
+def _one_line_errors(path: Path):
+    try:
+        yield
+    except OSError as error:
+        raise SAEError(
+            f"{error.filename or path}: {error.strerror or error}; give yourself access to it, or choose another folder"
+        ) from error
+
+
+def _find(raw: Path, stem: str) -> Path | None:
+    """The file itself, else its gzipped form, else None."""
+    for path in (raw / stem, raw / f"{stem}.gz"):
+        try:
+            path.stat()
+            return path
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return None
+
+
+def _load_raw(raw: Path, name: str, sha256: dict[str, str]) -> Images:
+    arrays = {part: _read_idx(raw, stem, sha256.get(part)) for part, stem in _FILES.items()}
+    for part in ("train", "test"):
+        images, labels = arrays[part], arrays[f"{part}_labels"]
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or len(images) == 0:
+            raise SAEError(
+                f"{raw / _FILES[part]}: images of shape {images.shape} with labels of shape {labels.shape}; "
+                "expected [n, height, width] and [n], n > 0: replace the pair"
+            )
+    if arrays["train"].shape[1:] != arrays["test"].shape[1:]:
+        raise SAEError(f"{raw}: training and test images differ in size: replace one of them")
+
+    def pixels(part):
+        return torch.tensor(arrays[part].reshape(len(arrays[part]), -1), dtype=torch.float32) / 255
+
+    def labels(part):
+        return torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64))
+
+    shape = arrays["train"].shape[1:]
+    return Images(name, shape, pixels("train"), labels("train"), pixels("test"), labels("test"))
+
+
+def _read_idx(raw: Path, stem: str, sha256: str | None) -> np.ndarray:
+    """One idx file: two zero bytes, type 8 (unsigned byte), the number of dimensions, their sizes, the data."""
+    path = _find(raw, stem)
+    if path is None:
+        raise SAEError(f"{raw / stem} is missing (as is {stem}.gz): copy the file there")
+    # Only a file with a known checksum can be fetched again by this module.
+    remedy = "delete it, and it will be downloaded again" if sha256 else "replace it with a good copy"
+    with _one_line_errors(path):
+        try:
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise SAEError(f"{path} is damaged ({error}): {remedy}") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
+        raise SAEError(
+            f"{path} is not an idx file of bytes (it starts with {content[:4].hex() or 'nothing'}): {remedy}"
+        )
+    shape = tuple(np.frombuffer(content, ">i4", count=content[3], offset=4).tolist())
+    expected = 4 + 4 * content[3] + math.prod(shape)
+    if len(content) != expected:
+        raise SAEError(f"{path} holds {len(content):,} bytes where its header promises {expected:,}: {remedy}")
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        raise SAEError(f"{path} has the right size but not the content of MNIST's original (SHA-256 differs): {remedy}")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+
+
+def _download(raw: Path) -> bool:
+    """Fetch missing files through torchvision; False where the network does not answer within seconds."""
+    if not any(_answers(mirror + MNIST.resources[0][0]) for mirror in MNIST.mirrors):
+        return False
+    raw.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=raw) as temporary:
+        print(f"Downloading MNIST to {raw} …", file=sys.stderr)
+        old_timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(10)  # torchvision sets none; this bounds each read
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                source = Path(MNIST(temporary, download=True).raw_folder)
+        except (RuntimeError, OSError, http.client.HTTPException) as error:
+            print(f"The download broke off: {error}", file=sys.stderr)
+            return False
+        finally:
+            socket.setdefaulttimeout(old_timeout)
+        for stem in _FILES.values():
+            if _find(raw, stem) is None:
+                os.replace(source / stem, raw / stem)
+    return True
+
+
+def _answers(url: str, seconds: float = 5) -> bool:
+    answered = threading.Event()
+
+    def ask():
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=seconds):
+            answered.set()
+
+    # A thread, because a name look-up ignores every timeout.
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(seconds)
+
+
+def _offline_digits(raw: Path) -> Images:
+    from sklearn.datasets import load_digits
+
+    print(
+        f"*** NOT MNIST: no files in {raw} and no network. Running on scikit-learn's 1,797 digits instead; "
+        "put the four MNIST files there, or connect and run again. ***",
+        file=sys.stderr,
+    )
+    digits = load_digits()
+    small = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    images = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False).flatten(1)
+    labels = torch.tensor(digits.target)
+    n_train = 1_500
+    return Images(
+        "scikit-learn digits (not MNIST)", (28, 28),
+        images[:n_train], labels[:n_train], images[n_train:], labels[n_train:],
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------
+# Model
+# --------------------------------------------------------------------------------------
+
+
+class TopKSAE(nn.Module):
+    """M top-k sparse autoencoders with tied weights, held as one (k-sparse: Makhzani & Frey 2013).
+
+    pre   = (x - b_dec) Wᵀ + b_enc                   the k largest are kept, by value
+    x_hat = Σ value · W_row / ‖W_row‖ + b_dec        over the kept features
+
+    Args:
+        d_in, d_sae, k: input size, features, features kept for an image.
+        seeds: one per member; a member is the same whatever members stand beside it.
+        b_dec: start of the decoder bias [d_in]; None leaves it at zero and untrained.
+        relu: kept values below zero become zero.
+
+    Raises SAEError where k is not in 1…d_sae.
+    """
+
+    def __init__(
+        self, d_in: int, d_sae: int, k: int, seeds: Sequence[int] = (0,), b_dec: Tensor | None = None, relu=False
+    ):
+        super().__init__()
+        if not 1 <= k <= d_sae:
+            raise SAEError(f"k = {k} features cannot be kept of {d_sae}: choose k from 1 to the hidden size")
+        self.d_in, self.d_sae, self.k, self.relu = d_in, d_sae, k, relu
+        members = [
+            nn.init.orthogonal_(torch.empty(d_sae, d_in), generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+        self.W = nn.Parameter(torch.stack(members))  # [M, d_sae, d_in]
+        self.b_enc = nn.Parameter(torch.zeros(len(members), d_sae))  # [M, d_sae]
+        start = torch.zeros(d_in) if b_dec is None else b_dec.detach().cpu()
+        self.b_dec = nn.Parameter(start.repeat(len(members), 1), requires_grad=b_dec is not None)  # [M, d_in]
+
+    @property
+    def n_members(self) -> int:
+        return len(self.W)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, d_in] to codes: values and feature indices, each [M, B, k], unordered."""
+        return _encode(x, self.W, self.b_enc, self.b_dec, self.k, self.relu)
+
+    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
+        """Codes (any number of features, each [M, B, n]) to reconstructions [M, B, d_in]."""
+        norms = self.W.norm(dim=-1)[:, None].expand(-1, values.shape[1], -1)
+        return _gather_rows(indices, values / norms.gather(-1, indices), self.W) + self.b_dec[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, d_in] to reconstructions [M, B, d_in]: decode(encode(x)), with a faster gradient."""
+        return _Autoencode.apply(x, self.W, self.b_enc, self.b_dec, self.k, self.relu)
+
+    def features(self) -> Tensor:
+        """The dictionary: unit-length rows [M, d_sae, d_in]."""
+        return F.normalize(self.W.detach(), dim=-1)
+
+    def save(self, path: str | Path, data: str, recipe: str) -> None:
+        """Write W, b_enc, b_dec and what is needed to use them (safetensors)."""
+        metadata = dict(
+            k=str(self.k), relu=str(int(self.relu)), d_in=str(self.d_in), d_sae=str(self.d_sae),
+            n_members=str(self.n_members), data=data, recipe=recipe,
+        )  # fmt: skip
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
+
+    @classmethod
+    def load(cls, path: str | Path) -> TopKSAE:
+        """Read what `save` wrote. Raises SAEError where the file is missing or not such a checkpoint."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            model = cls(
+                int(metadata["d_in"]), int(metadata["d_sae"]), int(metadata["k"]),
+                seeds=range(int(metadata["n_members"])), relu=metadata["relu"] == "1",
+            )  # fmt: skip
+            model.load_state_dict(state)
+        except Exception as error:
+            raise SAEError(f"{path} is no checkpoint of this project ({error}): train one, or give another") from error
+        return model
+
+
+def _encode(x, W, b_enc, b_dec, k, relu):
+    pre = torch.baddbmm(b_enc[:, None], x - b_dec[:, None], W.transpose(1, 2))  # [M, B, d_sae]
+    values, indices = pre.topk(k, sorted=False)  # by index, so that ties never keep more than k
+    return (values.relu() if relu else values), indices
+
+
+def _gather_rows(indices, weights, rows):
+    """Weighted sums of rows: [M, B, n] indices and weights, rows [M, d_sae, d_in] → [M, B, d_in].
+
+    On a CPU only the n rows that are needed are touched, a twentieth of the dense product's work.
+    """
+    M, B, n = indices.shape
+    if rows.device.type != "cpu":
+        return torch.bmm(_dense(indices, weights, rows.shape[1]), rows)
+    offset = torch.arange(M)[:, None, None] * rows.shape[1]
+    flat = F.embedding_bag(
+        (indices + offset).view(M * B, n), rows.reshape(-1, rows.shape[-1]),
+        per_sample_weights=weights.reshape(M * B, n), mode="sum",
+    )  # fmt: skip
+    return flat.view(M, B, -1)
+
+
+def _scatter_rows(indices, weights, rows, d_sae):
+    """The transpose of `_gather_rows`: rows [M, B, d_in], weighted, are added up by index → [M, d_sae, d_in]."""
+    if rows.device.type != "cpu":
+        return torch.bmm(_dense(indices, weights, d_sae).transpose(1, 2), rows)
+    # The gradient of a weighted gather is the weighted scatter, and embedding_bag has a fast one.
+    with torch.enable_grad():
+        target = rows.new_empty(rows.shape[0], d_sae, rows.shape[-1]).requires_grad_()
+        gathered = _gather_rows(indices, weights.detach(), target)
+    return torch.autograd.grad(gathered, target, rows)[0]
+
+
+def _dense(indices, weights, d_sae):
+    return weights.new_zeros(*indices.shape[:2], d_sae).scatter_(-1, indices, weights)
+
+
+class _Autoencode(torch.autograd.Function):
+    """decode(encode(x)) with a gradient that, like the code, touches only the k features kept.
+
+    Autograd would build three tensors of W's size and add them up; this builds one.
+    With u = value / ‖W_row‖, g the gradient at x_hat and p that at the pre-activations:
+    the gradient of a row is  Σ u g  (it is a decoder row)  +  Σ p (x - b_dec)  (an encoder
+    row)  -  Σ p value / ‖W_row‖² · W_row  (its length divides the value).
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, b_enc, b_dec, k, relu):
+        values, indices = _encode(x, W, b_enc, b_dec, k, relu)
+        norms = W.norm(dim=-1)  # [M, d_sae]
+        kept_norms = norms[:, None].expand(-1, len(x), -1).gather(-1, indices)
+        u = values / kept_norms  # [M, B, k]
+        ctx.save_for_backward(x, W, b_dec, indices, u, norms, kept_norms)
+        ctx.relu = relu
+        return _gather_rows(indices, u, W) + b_dec[:, None]
+
+    @staticmethod
+    def backward(ctx, g):
+        x, W, b_dec, indices, u, norms, kept_norms = ctx.saved_tensors
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            p = torch.autograd.grad(_gather_rows(indices, u, W.detach()), u, g)[0]
+        p, u = p / kept_norms, u.detach()
+        if ctx.relu:
+            p = p * (u > 0)
+        grad_W = _scatter_rows(
+            torch.cat([indices, indices], 1), torch.cat([u, p], 1), torch.cat([g, x - b_dec[:, None]], 1), W.shape[1]
+        )
+        flat = indices.flatten(1)  # [M, B k]
+        grad_norms = torch.zeros_like(norms).scatter_add_(1, flat, (p * u).flatten(1))
+        grad_W.addcmul_(W, (grad_norms / norms)[..., None], value=-1)
+        grad_b_enc = torch.zeros_like(norms).scatter_add_(1, flat, p.flatten(1))
+        grad_b_dec = None
+        if ctx.needs_input_grad[3]:
+            grad_b_dec = g.sum(1) - torch.bmm(grad_b_enc[:, None], W)[:, 0]
+        return None, grad_W, grad_b_enc, grad_b_dec, None, None
+
+
+# --------------------------------------------------------------------------------------
+# Metrics
+# --------------------------------------------------------------------------------------
+
+
+def mse(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Mean squared error over the last two dimensions (images, pixels); x_hat may have a leading M."""
+    return (x_hat - x).square().mean((-2, -1))
+
+
+def pearson(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Pearson correlation between each image and its reconstruction, averaged over images.
+
+    x [B, d_in], x_hat [..., B, d_in] → [...]. An image without variation correlates with
+    nothing: it counts as 0 (scipy returns nan for it).
+    """
+    x = x - x.mean(-1, keepdim=True)
+    x_hat = x_hat - x_hat.mean(-1, keepdim=True)
+    lengths = x.norm(dim=-1) * x_hat.norm(dim=-1)
+    return ((x * x_hat).sum(-1) / lengths.clamp_min(1e-8)).mean(-1)
+
+
+def explained_variance(x: Tensor, x_hat: Tensor, mean: Tensor) -> Tensor:
+    """1 - SSE / SSE(mean image), over all images and pixels together; `mean` is the training mean [d_in]."""
+    return 1 - mse(x, x_hat) / mse(x, mean.expand_as(x))
+
+
+@torch.no_grad()
+def evaluate(model: TopKSAE, x: Tensor, mean: Tensor, chunk: int = 1000) -> dict[str, Tensor]:
+    """Quality of every member on images x [n, d_in].
+
+    Returns mse, pearson, explained_variance, dead_fraction (features that fire for no image
+    of x), mean_active (features that fire for an image), each [M], and activity [M, d_sae]:
+    the share of images for which a feature fires. A feature fires where its code is not 0.
+    """
+    M, n = model.n_members, len(x)
+    sse, correlation = torch.zeros(2, M, device=x.device)
+    fires = torch.zeros(M, model.d_sae, device=x.device)
+    for part in x.split(chunk):
+        values, indices = model.encode(part)
+        x_hat = model.decode(values, indices)
+        sse += mse(part, x_hat) * len(part)
+        correlation += pearson(part, x_hat) * len(part)
+        fires.scatter_add_(1, indices.flatten(1), (values != 0).to(fires).flatten(1))
+    return {
+        "mse": sse / n,
+        "pearson": correlation / n,
+        "explained_variance": 1 - sse / n / mse(x, mean.expand_as(x)),
+        "dead_fraction": (fires == 0).float().mean(1),
+        "mean_active": fires.sum(1) / n,
+        "activity": fires / n,
+    }
+
+
+def match_features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Best one-to-one matching of two dictionaries [d_sae, d_in] (Hungarian algorithm, Kuhn 1955).
+
+    Returns `order`, so that b[order] stands feature by feature beside a, and the cosine
+    similarity of each pair, both [d_sae].
+    """
+    similarity = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+    _, order = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
+    order = torch.from_numpy(order).to(a.device)
+    return order, similarity.gather(1, order[:, None])[:, 0]
+
+
+def matched_cosine(features: Tensor) -> float:
+    """Mean cosine similarity of matched features over all pairs of members [M, d_sae, d_in]; nan for M = 1."""
+    pairs = [(a, b) for i, a in enumerate(features) for b in features[:i]]
+    return float(np.mean([match_features(a, b)[1].mean().item() for a, b in pairs])) if pairs else math.nan
+
+
+def predict_initial_mse(energy: float, d_in: int, d_sae: int, k: int) -> float:
+    """MSE of an untrained, orthogonally initialised top-k SAE, from order statistics alone.
+
+    `energy` is the mean squared pixel, E‖x‖² / d_in (the MSE of the zero image). The
+    d_sae pre-activations of an image are close to Gaussian, of variance ‖x‖² / max(d_in, d_sae).
+    The k largest of them carry the share  q = t + τ φ(τ)  of their energy, with t = k / d_sae
+    and τ the Gaussian quantile that t lies above. Notebook 02 derives the rest.
+    """
+    t = k / d_sae
+    threshold = norm.isf(t)
+    q = t + (threshold * norm.pdf(threshold) if t < 1 else 0)
+    if d_sae <= d_in:  # orthonormal rows: what is kept is removed from the error
+        return energy * (1 - q * d_sae / d_in)
+    c = math.sqrt(d_in / d_sae)  # length of a row
+    return energy * (1 - 2 * q / c + q**2 / c**2 + q * (1 - q))
+
+
+# --------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a run. Raises SAEError where one makes no sense."""
+
+    name: str
+    decoder_bias: bool  # train b_dec, from the mean image on
+    learning_rate: float
+    decay: float  # in this last share of the steps the learning rate falls linearly to 0
+    relu: bool = False
+    d_sae: int = 1024
+    k: int = 50
+    n_members: int = 5
+    epochs: int = 5
+    batch_size: int = 128
+    consistency_weight: float = 0.01
+    consistency_warmup: int = 100  # steps
+    match_every: int = 100  # steps between two matchings of the members
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("d_sae", "k", "n_members", "epochs", "batch_size", "match_every"):
+            if getattr(self, field) < 1:
+                raise SAEError(f"{field} is {getattr(self, field)}: it must be at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise SAEError(f"learning_rate is {self.learning_rate}: it must be above 0, for example 0.001")
+        if not 0 <= self.consistency_weight < math.inf:
+            raise SAEError(f"consistency_weight is {self.consistency_weight}: it must be 0 or above, for example 0.01")
+        if not 0 <= self.decay <= 1:
+            raise SAEError(f"decay is {self.decay}: it is a share of the steps, from 0 to 1")
+        if not 0 <= self.seed < 2**32:
+            raise SAEError(f"seed is {self.seed}: it must be from 0 to {2**32 - 1}")
+        if self.k > self.d_sae:
+            raise SAEError(f"k = {self.k} features cannot be kept of d_sae = {self.d_sae}: choose a smaller k")
+
+
+RECIPES = {
+    "reference": Recipe("reference", decoder_bias=False, learning_rate=1e-3, decay=0),
+    "improved": Recipe("improved", decoder_bias=True, learning_rate=2e-3, decay=0.4),
+}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises SAEError where `name` is not to be had."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in has.items() if there)
+    if not has.get(name, False):
+        raise SAEError(f"device {name!r} is not available here: choose auto, or one of {[d for d in has if has[d]]}")
+    return torch.device(name)
+
+
+class Trainer:
+    """Trains the members of an ensemble on the same batches; holds all that training remembers.
+
+    Args:
+        recipe: the settings.
+        x: training images [n, d_in], kept whole on `device`.
+
+    Attributes: `model`, `optimizer`, `step` (steps taken), `order` (this epoch's order of
+    the images), `generator` (draws the next one) and `history`, which has one entry for
+    every `log_every` steps: step, learning_rate, consistency (a number) and mse, pearson
+    (one number per member), each measured on the training batch before the step.
+    """
+
+    log_every = 10
+
+    def __init__(self, recipe: Recipe, x: Tensor, device: torch.device | str = "cpu"):
+        self.recipe = recipe
+        self.x = x.to(device)
+        # Distinct for distinct (seed, member), so that two ensembles share no member.
+        seeds = np.random.SeedSequence(recipe.seed).generate_state(recipe.n_members).tolist()
+        self.model = TopKSAE(
+            x.shape[1], recipe.d_sae, recipe.k, seeds,
+            b_dec=x.mean(0) if recipe.decoder_bias else None, relu=recipe.relu,
+        ).to(device)  # fmt: skip
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        # Adam works on each number alone, so one optimizer for all members equals one for each.
+        self.optimizer = torch.optim.Adam(parameters, fused=self.x.device.type in ("cpu", "cuda"))
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.order = torch.empty(0, dtype=torch.int64)
+        self.step = 0
+        self.history: dict[str, list] = {
+            name: [] for name in ("step", "learning_rate", "consistency", "mse", "pearson")
+        }
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.x) / self.recipe.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.recipe.epochs
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self.step // self.steps_per_epoch
+
+    def learning_rate(self) -> float:
+        left = 1 - self.step / self.total_steps
+        return self.recipe.learning_rate * (min(1.0, left / self.recipe.decay) if self.recipe.decay else 1.0)
+
+    def run(self, progress: bool = True, after_epoch: Callable[[Trainer], None] | None = None) -> Trainer:
+        """Train to the end and return itself; `after_epoch(trainer)` is called at the end of each epoch."""
+        with tqdm(
+            total=self.total_steps, initial=self.step, unit="step", mininterval=0.5, disable=not progress, leave=False
+        ) as bar:  # fmt: skip
+            while self.step < self.total_steps:
+                self.train_step()
+                if self.history["step"][-1] == self.step - 1:
+                    loss, correlation = (np.mean(self.history[name][-1]) for name in ("mse", "pearson"))
+                    bar.set_postfix(loss=f"{loss:.4f}", pearson=f"{correlation:.4f}", refresh=False)
+                bar.update()
+                if after_epoch is not None and self.step % self.steps_per_epoch == 0:
+                    after_epoch(self)
+        return self
+
+    def train_step(self) -> None:
+        """One step of every member on the same batch."""
+        recipe, position = self.recipe, self.step % self.steps_per_epoch
+        if position == 0:
+            self.order = torch.randperm(len(self.x), generator=self.generator).to(self.x.device)
+        x = self.x[self.order[position * recipe.batch_size : (position + 1) * recipe.batch_size]]
+        consistent = recipe.n_members > 1 and recipe.consistency_weight > 0
+        if consistent and self.step % recipe.match_every == 0:
+            self.align_members()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+
+        x_hat = self.model(x)  # [M, B, d_in]
+        losses = mse(x, x_hat)  # [M]
+        self.optimizer.zero_grad()
+        losses.sum().backward()  # a member's loss reaches that member's parameters only
+        consistency = 0.0
+        if consistent:
+            warm = min(1.0, self.step / max(1, recipe.consistency_warmup))
+            weight = recipe.consistency_weight * 0.5 * (1 - math.cos(math.pi * warm))
+            consistency = add_consistency_gradient(self.model.W, weight)
+        if self.step % self.log_every == 0:
+            entry = (self.step, self.learning_rate(), float(consistency), losses.tolist())
+            for name, value in zip(self.history, (*entry, pearson(x, x_hat.detach()).tolist()), strict=True):
+                self.history[name].append(value)
+        self.optimizer.step()
+        self.step += 1
+
+    @torch.no_grad()
+    def align_members(self) -> None:
+        """Reorder each member's features so that feature i means the same in every member.
+
+        A member's order of features is arbitrary, so it can be chosen; the optimizer's
+        moments move with the features. Each member is matched to the sum of those before it.
+        """
+        features = self.model.features()
+        total = features[0].clone()
+        for m in range(1, self.recipe.n_members):
+            order, _ = match_features(total, features[m])
+            total += features[m, order]
+            for parameter in (self.model.W, self.model.b_enc):
+                state = self.optimizer.state.get(parameter, {})
+                for tensor in (parameter, state.get("exp_avg"), state.get("exp_avg_sq")):
+                    if tensor is not None:
+                        tensor[m] = tensor[m, order]
+
+    def state_dict(self) -> dict:
+        """All that is needed to go on training bit for bit as if it had never stopped."""
+        return {
+            "recipe": asdict(self.recipe), "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(), "order": self.order.cpu(), "step": self.step,
+            "history": self.history,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state`, which must come from the same recipe and images."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.order = state["order"].to(self.x.device)
+        self.step = state["step"]
+        self.history = state["history"]
+
+
+@torch.no_grad()
+def add_consistency_gradient(W: Tensor, weight: float) -> Tensor:
+    """Add weight · ∇C to W.grad and return C, for members whose features are aligned.
+
+    C = mean over pairs of members and over features of 1 - cosine similarity (after Marks
+    et al. 2024). With f the unit-length features and s their sum over members, the mean
+    cosine over the M (M-1) / 2 pairs is (‖s‖² - M) / (M (M-1)), so no pair is ever visited.
+    """
+    M, d_sae, _ = W.shape
+    norms = W.norm(dim=-1, keepdim=True)  # [M, d_sae, 1]
+    s = W[0] / norms[0]
+    for m in range(1, M):
+        s.addcmul_(W[m], 1 / norms[m])  # [d_sae, d_in]
+    pairs = M * (M - 1)
+    scale = 2 * weight / (pairs * d_sae)
+    for m in range(M):
+        # ∂C/∂W_m is the part of -s at right angles to f_m, over ‖W_m‖: length costs nothing.
+        along = (W[m] * s).sum(-1, keepdim=True) / norms[m] ** 2
+        W.grad[m].addcmul_(s, -scale / norms[m]).addcmul_(W[m], scale * along / norms[m])
+    return 1 - (s.square().sum(-1).mean() - M) / pairs
+
+
+# --------------------------------------------------------------------------------------
+# Pictures, tables, files
+# --------------------------------------------------------------------------------------
+
+
+# Diverging in hue, but lightness rises all the way: the sign is readable without colours.
+SIGNED = LinearSegmentedColormap.from_list("signed", ["#0b2a5b", "#979797", "#ffe08a"])
+
+
+def show_images(
+    images: Tensor, shape: tuple[int, int], titles: Sequence[str] = (), columns: int = 10, signed: bool = False,
+    title: str = "",
+) -> Figure:  # fmt: skip
+    """A grid of images [n, d_in]: grey from 0 to 1, or `signed` (0 is mid-grey, each on its own scale)."""
+    rows = math.ceil(len(images) / columns)
+    height = 0.78 * rows + (0.22 * rows if len(titles) else 0) + (0.45 if title else 0)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(0.78 * columns, height), squeeze=False, layout="constrained", facecolor="white"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image in zip(axes.flat, images.detach().float().cpu()):
+        limit = image.abs().max().clamp_min(1e-8).item() if signed else 1
+        colours = dict(cmap=SIGNED, vmin=-limit) if signed else dict(cmap="gray", vmin=0)
+        axis.imshow(image.view(shape), vmax=limit, **colours)
+    for axis, text in zip(axes.flat, titles):
+        axis.set_title(text, fontsize=7, pad=2)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def plot_reconstructions(model: TopKSAE, data: Images) -> Figure:
+    """Test images above member 0's reconstructions: the best, median and worst four by Pearson."""
+    x = data.test.to(model.W.device)
+    with torch.no_grad():
+        x_hat = torch.cat([model.decode(*model.encode(part))[0] for part in x.split(1000)])
+    scores = pearson(x[:, None], x_hat[:, None])
+    ranked, middle = scores.argsort(descending=True), len(x) // 2
+    chosen = torch.cat([ranked[:4], ranked[middle - 2 : middle + 2], ranked[-4:]])
+    titles = [f"digit {data.test_labels[i]}" for i in chosen.tolist()] + [f"{r:.3f}" for r in scores[chosen].tolist()]
+    return show_images(
+        torch.cat([x[chosen], x_hat[chosen]]), data.shape, titles, columns=12,
+        title=f"{data.name}, test images (above) and reconstructions with their Pearson: best, median, worst four",
+    )  # fmt: skip
+
+
+def plot_training(history: dict[str, list], data: Images, epochs: Sequence[dict] = ()) -> Figure:
+    """Loss and Pearson on training batches over steps, a line per member; dots: test images after each epoch.
+
+    `epochs` has for each epoch its last `step` and, under `test`, `mse` and `pearson` per member.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", facecolor="white")
+    for axis, name, label in zip(axes, ("mse", "pearson"), ("MSE (per pixel)", "Pearson correlation")):
+        axis.plot(history["step"], history[name], color="tab:blue", alpha=0.5, linewidth=0.8)
+        axis.plot([], [], color="tab:blue", label="training batches, a line per member")
+        if epochs:
+            steps, means = [e["step"] for e in epochs], [np.mean(e["test"][name]) for e in epochs]
+            axis.plot(steps, means, "ko", markersize=5, label="test images, mean of members")
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    axes[0].set_title(f"{data.name}: loss, last batch {np.mean(history['mse'][-1]):.4f}", fontsize=10)
+    axes[1].set_title(f"{data.name}: Pearson, last batch {np.mean(history['pearson'][-1]):.4f}", fontsize=10)
+    return figure
+
+
+def plot_features(model: TopKSAE, activity: Tensor, data: Images, n: int = 80) -> Figure:
+    """Member 0's features at n evenly spaced ranks of use, most used first."""
+    ranked = activity[0].argsort(descending=True).cpu()
+    chosen = ranked[torch.linspace(0, len(ranked) - 1, n).long()]
+    dead = (activity[0] == 0).float().mean().item()
+    return show_images(
+        model.features()[0].cpu()[chosen], data.shape, columns=20, signed=True,
+        title=f"{data.name}: {n} of {model.d_sae:,} features, most used first; light adds ink, dark removes it; "
+        f"{dead:.1%} are dead",
+    )  # fmt: skip
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Show a small table, as Markdown in a notebook; floats get four decimals."""
+    from IPython.display import Markdown, display
+
+    def line(cells):
+        return "| " + " | ".join(f"{c:.4f}" if isinstance(c, float) else str(c) for c in cells) + " |"
+
+    display(Markdown("\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])))
+
+
+def check_claims(claims: Iterable[tuple[str, float, float, float]], data: Images) -> None:
+    """Show claim, measured value, accepted range (both ends included) and verdict.
+
+    Each claim is (text, measured, low, high). Raises AssertionError where one fails. On
+    data that is not MNIST nothing is checked, and the table says so.
+    """
+    rows, failed = [], []
+    for text, measured, low, high in claims:
+        holds = low <= measured <= high
+        verdict = ("holds" if holds else "**FAILS**") if data.is_mnist else "not checked (not MNIST)"
+        rows.append((text, f"{measured:.4g}", f"{low:g} to {high:g}", verdict))
+        if data.is_mnist and not holds:
+            failed.append(f"{text}: measured {measured:.4g}, accepted {low:g} to {high:g}")
+    table(("claim", "measured", "accepted", "verdict"), rows)
+    if failed:
+        raise AssertionError("; ".join(failed))
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary name beside `path`, then rename: the file is whole or not there."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
