@@ -485,15 +485,17 @@ def predict_initial_mse(energy: float, d_in: int, d_sae: int, k: int) -> float:
     `energy` is the mean squared pixel, E‖x‖² / d_in (the MSE of the zero image). The
     d_sae pre-activations of an image are close to Gaussian, of variance ‖x‖² / max(d_in, d_sae).
     The k largest of them carry the share  q = t + τ φ(τ)  of their energy, with t = k / d_sae
-    and τ the Gaussian quantile that t lies above. Notebook 02 derives the rest.
+    and τ the value that a standard Gaussian exceeds with probability t. The image comes back
+    too faint, as q / c of itself (c: length of a row), with noise of energy q (1 - q) ‖x‖²;
+    notebook 02 derives this. With d_sae ≤ d_in rows are orthonormal and there is no noise.
     """
     t = k / d_sae
     threshold = norm.isf(t)
     q = t + (threshold * norm.pdf(threshold) if t < 1 else 0)
-    if d_sae <= d_in:  # orthonormal rows: what is kept is removed from the error
+    if d_sae <= d_in:
         return energy * (1 - q * d_sae / d_in)
-    c = math.sqrt(d_in / d_sae)  # length of a row
-    return energy * (1 - 2 * q / c + q**2 / c**2 + q * (1 - q))
+    c = math.sqrt(d_in / d_sae)
+    return energy * ((1 - q / c) ** 2 + q * (1 - q))
 
 
 # --------------------------------------------------------------------------------------

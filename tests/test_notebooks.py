@@ -1,0 +1,175 @@
+"""What holds for every notebook, and the set-up cell where the project is not installed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells_of(path):
+    return [(cell, "".join(cell["source"])) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+
+
+def stamped_address(folder):
+    """The address in pyproject.toml, and for each notebook the addresses in its badge and set-up cell."""
+    address = re.search(r'Repository = "https://github.com/(.+)"', (folder / "pyproject.toml").read_text())[1]
+    found = {}
+    for path in sorted((folder / "notebooks").glob("*.ipynb")):
+        sources = "\n".join(source for _, source in cells_of(path))
+        badges = re.findall(
+            r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/notebooks/(\S+?)\)", sources
+        )
+        found[path.name] = badges, re.findall(r'^REPO = "(.*?)"', sources, re.MULTILINE)
+    return address, found
+
+
+def agrees(folder):
+    address, found = stamped_address(folder)
+    if address == "OWNER/NAME":  # not stamped: no dead badge, nothing to install from
+        return all(badges == [] and repos == [""] for badges, repos in found.values())
+    return all(badges == [(address, name)] and repos == [address] for name, (badges, repos) in found.items())
+
+
+def test_notebooks_and_pyproject_agree_on_the_address():
+    assert len(NOTEBOOKS) >= 2
+    assert agrees(ROOT)
+
+
+@each_notebook
+def test_exercises_have_folded_solutions_that_run(path):
+    cells = cells_of(path)
+    solutions = [cell for cell, source in cells if source.startswith("# @title Solution")]
+    assert len(solutions) >= 3
+    assert all(cell["metadata"]["jupyter"]["source_hidden"] and cell["outputs"] for cell in solutions)
+    assert all("assert check_" in "".join(cell["source"]) for cell in solutions)
+
+
+@each_notebook
+def test_ends_with_checked_claims(path):
+    claims = [cell for cell, source in cells_of(path) if "sae.check_claims(" in source]
+    assert len(claims) == 1
+    shown = "".join(claims[0]["outputs"][0]["data"]["text/markdown"])
+    assert "| holds |" in shown
+    assert "FAILS" not in shown
+
+
+@each_notebook
+def test_is_stored_clean(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text) < 2_000_000
+    assert "widgets" not in json.loads(text)["metadata"]
+    assert "application/vnd.jupyter.widget-view+json" not in text
+    for cell, source in cells_of(path):
+        if cell["cell_type"] == "code":
+            assert cell["execution_count"], f"never run: {source[:60]}"
+            assert all(output.get("name") != "stderr" for output in cell["outputs"])
+
+
+def tool(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, folder / "tools" / "notebooks.py", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The project's own files, to be stamped."""
+    for name in ("pyproject.toml", "README.md", "LICENSE", "sae_helpers.py", "mnist_sae_train.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("notebooks", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("data", ".ipynb_checkpoints"))
+    return tmp_path
+
+
+def test_colab_stamps_every_notebook_and_can_stamp_again(copy):
+    for address in ("someone/some-notebooks", "another.one/elsewhere"):
+        result = tool(copy, "colab", address)
+        assert result.returncode == 0, result.stderr
+        assert stamped_address(copy)[0] == address
+        assert agrees(copy)
+
+
+def test_colab_refuses_what_is_no_repository(copy):
+    result = tool(copy, "colab", "https://example.org/x")
+    assert result.returncode == 1
+    assert result.stderr == "'https://example.org/x' is not a repository: make colab REPO=owner/name\n"
+    assert agrees(copy)
+
+
+# ---- the set-up cell in Colab ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def colab(tmp_path_factory):
+    """A stand-in for Colab: all packages but this project, and a module google.colab."""
+    folder = tmp_path_factory.mktemp("colab")
+    packages = folder / "packages"
+    packages.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not re.match(r"(__editable__|mnist_sae|sae_helpers|google$)", entry.name):
+            (packages / entry.name).symlink_to(entry)
+    (packages / "google" / "colab").mkdir(parents=True)
+    (packages / "google" / "colab" / "__init__.py").touch()
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+
+    def run_setup(source, content, **environment):
+        content.mkdir(exist_ok=True)
+        (content / "cell.py").write_text(source + "\nimport sae_helpers, torch\nprint(sae_helpers.__file__)\n")
+        return subprocess.run(
+            [folder / "venv" / "bin" / "python", "-c", "import google.colab; exec(open('cell.py').read())"],
+            cwd=content, capture_output=True, text=True, timeout=300,
+            env={**os.environ, "PYTHONPATH": str(packages), **environment},
+        )  # fmt: skip
+
+    run_setup.installed = lambda: {
+        path.name for path in (folder / "venv").glob("lib/python*/site-packages/*") if path.suffix != ".pth"
+    }
+    return run_setup
+
+
+def setup_cell(path):
+    return next(source for _, source in cells_of(path) if source.startswith("# @title Set-up"))
+
+
+def test_set_up_cell_is_the_same_everywhere():
+    assert len({setup_cell(path) for path in NOTEBOOKS}) == 1
+
+
+def test_unstamped_set_up_says_in_one_line_what_to_upload(colab, tmp_path):
+    cell = re.sub(r'REPO = ".*?"', 'REPO = ""', setup_cell(NOTEBOOKS[0]))
+    missing = colab(cell, tmp_path / "content")
+    assert missing.returncode == 1
+    assert missing.stderr == "Upload sae_helpers.py with the Files panel on the left, then run this cell again.\n"
+
+    (tmp_path / "content" / "sae_helpers.py").write_text((ROOT / "sae_helpers.py").read_text())
+    uploaded = colab(cell, tmp_path / "content")
+    assert uploaded.returncode == 0, uploaded.stderr
+    assert uploaded.stdout.strip().endswith("sae_helpers.py")
+
+
+def test_stamped_set_up_installs_the_project_and_nothing_else(colab, copy):
+    assert tool(copy, "colab", "owner/name").returncode == 0
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", "-C", str(copy)]
+    for arguments in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-qm", "a copy"]):
+        subprocess.run([*git, *arguments], check=True)
+    before = colab.installed()
+    result = colab(
+        setup_cell(next((copy / "notebooks").glob("*.ipynb"))), copy / "content",
+        # Git fetches the copy where the cell says GitHub; the build uses the setuptools that is here.
+        GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0=f"url.file://{copy}.insteadOf",
+        GIT_CONFIG_VALUE_0="https://github.com/owner/name", PIP_NO_BUILD_ISOLATION="0",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "site-packages" in result.stdout
+    new = {name for name in colab.installed() - before if not name.startswith(("mnist_sae", "__pycache__"))}
+    assert new == {"sae_helpers.py"}, "Colab's own packages, torch above all, must stay"

@@ -1,0 +1,78 @@
+"""Look after the notebooks.
+
+python tools/notebooks.py run [NOTEBOOK ...]     run from a fresh kernel and store the outputs (default: all)
+python tools/notebooks.py colab OWNER/NAME       stamp the repository's address into every notebook
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+from sae_helpers import write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+ADDRESS = re.compile(r'^Repository = "https://github\.com/(.+)"$', re.MULTILINE)
+REPO_LINE = re.compile(r'^REPO = ".*?"', re.MULTILINE)
+BADGE_LINE = re.compile(r"^.*<!-- colab -->$", re.MULTILINE)
+
+
+def run(paths: list[Path]) -> None:
+    for path in paths:
+        print(f"running {path.name} …", flush=True)
+        notebook = nbformat.read(path, as_version=4)
+        client = NotebookClient(
+            notebook, timeout=None, record_timing=False, resources={"metadata": {"path": path.parent}}
+        )
+        client.execute()
+        # Widget state is incomplete without its kernel, and GitHub refuses a notebook that holds it.
+        notebook.metadata.pop("widgets", None)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if not is_debris(output)]
+        write_atomically(path, lambda temporary, notebook=notebook: nbformat.write(notebook, temporary))
+
+
+def is_debris(output) -> bool:
+    """A dead widget, or a progress bar as text."""
+    if output.output_type == "stream" and output.name == "stderr":
+        if re.search(r"\d%\|", output.text):
+            return True
+        sys.exit(f"a notebook wrote to stderr, which a reader would see as a warning: {output.text}")
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
+def badge(repo: str, name: str) -> str:
+    link = f"https://colab.research.google.com/github/{repo}/blob/main/notebooks/{name}"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link}) <!-- colab -->"
+
+
+def colab(repo: str) -> None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        sys.exit(f"{repo!r} is not a repository: make colab REPO=owner/name")
+    project = ROOT / "pyproject.toml"
+    stamped = ADDRESS.sub(f'Repository = "https://github.com/{repo}"', project.read_text())
+    write_atomically(project, lambda path: path.write_text(stamped))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            source = "".join(cell["source"])
+            source = REPO_LINE.sub(f'REPO = "{repo}"', source)
+            source = BADGE_LINE.sub(badge(repo, path.name), source)
+            cell["source"] = source.splitlines(keepends=True)
+        text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+    print(f"stamped {repo} into pyproject.toml and the notebooks")
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["run", *names]:
+            run([Path(name).resolve() for name in names] or sorted((ROOT / "notebooks").glob("*.ipynb")))
+        case ["colab", repo]:
+            colab(repo)
+        case _:
+            sys.exit(__doc__)
