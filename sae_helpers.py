@@ -790,7 +790,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence]) -> None:
     from IPython.display import Markdown, display
 
     def line(cells):
-        return "| " + " | ".join(f"{c:.4f}" if isinstance(c, float) else str(c) for c in cells) + " |"
+        texts = (f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells)
+        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
     display(Markdown("\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])))
 
