@@ -8,7 +8,7 @@ train: $(READY)
 	$(BIN)/python mnist_sae_train.py
 
 test: lint
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests --cov --cov-fail-under=95
 	$(BIN)/pytest --nbmake notebooks
 
 lab: $(READY)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
+import urllib.parse
 from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -67,9 +69,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def chosen_recipe(args) -> sae.Recipe:
     given = {field: getattr(args, option) for option, field in RECIPE_OPTIONS.items()}
-    return replace(
-        sae.RECIPES[args.recipe or "improved"], **{field: value for field, value in given.items() if value is not None}
-    )
+    try:
+        return replace(
+            sae.RECIPES[args.recipe or "improved"],
+            **{field: value for field, value in given.items() if value is not None},
+        )
+    except sae.SAEError as error:
+        message = str(error)
+        for option, field in RECIPE_OPTIONS.items():  # the user's words for it
+            message = re.sub(rf"\b{field}\b", f"--{option}", message)
+        raise sae.SAEError(message) from error
 
 
 def load_data(args) -> sae.Images:
@@ -104,6 +113,7 @@ def analyze_loss(args) -> None:
 
 def train(args) -> None:
     device = sae.pick_device(args.device)
+    check_wandb(args.wandb)
     if args.resume and not args.out:
         raise sae.SAEError("--resume needs --out DIR: the folder of the run to go on with")
     out = Path(args.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
@@ -112,8 +122,9 @@ def train(args) -> None:
     if not state:
         prepare(out)
     data = load_data(args)
-    if state and state["data"] != data.name:
-        raise sae.SAEError(f"{out} was trained on {state['data']}, this is {data.name}: give the same data")
+    fingerprint = [data.name, len(data.train), data.train.double().sum().item()]
+    if state and state["data"] != fingerprint:
+        raise sae.SAEError(f"{out} was trained on {state['data'][0]} with other images: give the same data again")
     print(f"device: {device}; recipe: {recipe.name}; {recipe.n_members} members; writing to {out}")
 
     matplotlib.use("Agg")
@@ -133,16 +144,19 @@ def train(args) -> None:
             torch.cuda.synchronize()
         seconds += time.perf_counter() - began
         entry = {"epoch": trainer.epoch, "step": trainer.step}
-        # JSON has no nan, which one member alone would give.
-        cosine = sae.matched_cosine(trainer.model.features()) if recipe.n_members > 1 else None
         for part, x in (("train", x_train), ("test", x_test)):
             quality = sae.evaluate(trainer.model, x, mean)
-            entry[part] = {name: quality[name].tolist() for name in REPORTED} | {"matched_cosine": cosine}
+            trainer.require_finite(quality["mse"])
+            entry[part] = {name: quality[name].tolist() for name in REPORTED}
+        # JSON has no nan, which one member alone would give.
+        cosine = sae.matched_cosine(trainer.model.features()) if recipe.n_members > 1 else None
+        for part in ("train", "test"):
+            entry[part]["matched_cosine"] = cosine
         epochs.append(entry)
         if run:
             log_epoch(run, trainer, entry)
         if trainer.step < trainer.total_steps:
-            saved = {"trainer": trainer.state_dict(), "epochs": epochs, "seconds": seconds, "data": data.name}
+            saved = {"trainer": trainer.state_dict(), "epochs": epochs, "seconds": seconds, "data": fingerprint}
             sae.write_atomically(out / STATE, lambda path: torch.save(saved, path))
         began = time.perf_counter()
 
@@ -162,24 +176,30 @@ def train(args) -> None:
 
 def prepare(out: Path) -> None:
     """Make `out`; refuse to write over another run, and find out now whether writing works."""
-    if any((out / name).exists() for name in (STATE, "sae.safetensors")):
-        raise sae.SAEError(f"{out} already holds a run: choose another --out, or --resume it if it was interrupted")
     try:
+        if (out / STATE).exists():
+            raise sae.SAEError(f"{out} already holds a run, interrupted: go on with --resume, or choose another --out")
+        if (out / "sae.safetensors").exists():
+            raise sae.SAEError(f"{out} already holds a run: choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        sae.write_atomically(out / "metrics.json", lambda path: path.write_text("{}"))
-        (out / "metrics.json").unlink()
+        sae.write_atomically(out / STATE, lambda path: path.touch())
+        (out / STATE).unlink()
     except OSError as error:
         raise sae.SAEError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
 
 
 def read_state(out: Path) -> dict:
     path = out / STATE
-    if not path.exists():
-        raise sae.SAEError(f"{path} does not exist: there is no interrupted run to resume in {out}")
     try:
-        return torch.load(path, weights_only=True)
-    except Exception as error:
-        raise sae.SAEError(f"{path} cannot be read ({error}): start a new run with another --out") from error
+        if not path.exists():
+            raise sae.SAEError(f"{path} does not exist: there is no interrupted run to resume in {out}")
+        state = torch.load(path, weights_only=True)
+        return {name: state[name] for name in ("trainer", "epochs", "seconds", "data")}
+    except sae.SAEError:
+        raise
+    except Exception as error:  # torch.load fails in many ways on a file that is not its own
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise sae.SAEError(f"{path} cannot be read ({reason}): start a new run with another --out") from error
 
 
 def resumed_recipe(args, state: dict) -> sae.Recipe:
@@ -219,14 +239,22 @@ def write_results(out, trainer, data, epochs, seconds) -> None:
         sae.write_atomically(out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, dpi=90))
 
 
+def check_wandb(mode: str) -> None:
+    """An online run without a login would stop and ask for one."""
+    from requests.utils import get_netrc_auth
+
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    # The two places where wandb looks for its key.
+    if mode == "online" and not os.environ.get("WANDB_API_KEY") and not get_netrc_auth(f"https://{host}"):
+        raise sae.SAEError("--wandb online needs a login: run `wandb login` once, or use --wandb offline")
+
+
 def start_wandb(mode: str, recipe, data, out):
-    """A Weights & Biases run, or None; never asks for a login."""
+    """A Weights & Biases run, or None."""
     if mode == "disabled":
         return None
     import wandb
 
-    if mode == "online" and not wandb.api.api_key:
-        raise sae.SAEError("--wandb online needs a login: run `wandb login` once, or use --wandb offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     config = {field.name: getattr(recipe, field.name) for field in fields(recipe)} | {"data": data.name}
     return wandb.init(project="mnist-sae", mode=mode, dir=str(out), config=config)

@@ -13,6 +13,7 @@ Letters used for shapes, here and in the notebooks:
 from __future__ import annotations
 
 import contextlib
+import copy
 import gzip
 import hashlib
 import http.client
@@ -78,11 +79,7 @@ class Images:
     train_labels: Tensor  # [n_train], int64
     test: Tensor  # [n_test, d_in]
     test_labels: Tensor  # [n_test]
-
-    @property
-    def is_mnist(self) -> bool:
-        """Claims about MNIST hold for nothing else."""
-        return self.name == "MNIST"
+    is_mnist: bool = False  # checksums agree; claims about MNIST are checked on nothing else
 
 
 def load_mnist(root: str | Path | None = None) -> Images:
@@ -98,11 +95,14 @@ def load_mnist(root: str | Path | None = None) -> Images:
     if root is None:
         root = os.environ.get("MNIST_ROOT") or "data"
     root = Path(root).expanduser()
-    # A notebook runs in its own folder; a relative path means the project's folder there.
-    if not root.exists() and not root.is_absolute() and (_PROJECT / "pyproject.toml").exists():
-        root = _PROJECT / root
-    if root.exists() and not root.is_dir():
-        raise SAEError(f"{root} is not a folder: set MNIST_ROOT to the folder that holds MNIST/raw, or to an empty one")
+    with _one_line_errors(root):
+        # A notebook runs in its own folder; a relative path means the project's folder there.
+        if not root.exists() and not root.is_absolute() and (_PROJECT / "pyproject.toml").exists():
+            root = _PROJECT / root
+        if root.exists() and not root.is_dir():
+            raise SAEError(
+                f"{root} is not a folder: set MNIST_ROOT to the folder that holds MNIST/raw, or to an empty one"
+            )
     raw = root / "MNIST" / "raw"
     with _one_line_errors(raw):
         if any(_find(raw, stem) is None for stem in _FILES.values()) and not _download(raw):
@@ -164,7 +164,7 @@ def _load_raw(raw: Path, name: str, sha256: dict[str, str]) -> Images:
         return torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64))
 
     shape = arrays["train"].shape[1:]
-    return Images(name, shape, pixels("train"), labels("train"), pixels("test"), labels("test"))
+    return Images(name, shape, pixels("train"), labels("train"), pixels("test"), labels("test"), bool(sha256))
 
 
 def _read_idx(raw: Path, stem: str, sha256: str | None) -> np.ndarray:
@@ -183,7 +183,7 @@ def _read_idx(raw: Path, stem: str, sha256: str | None) -> np.ndarray:
         raise SAEError(
             f"{path} is not an idx file of bytes (it starts with {content[:4].hex() or 'nothing'}): {remedy}"
         )
-    shape = tuple(np.frombuffer(content, ">i4", count=content[3], offset=4).tolist())
+    shape = tuple(np.frombuffer(content, ">u4", count=content[3], offset=4).tolist())
     expected = 4 + 4 * content[3] + math.prod(shape)
     if len(content) != expected:
         raise SAEError(f"{path} holds {len(content):,} bytes where its header promises {expected:,}: {remedy}")
@@ -219,12 +219,14 @@ def _answers(url: str, seconds: float = 5) -> bool:
     answered = threading.Event()
 
     def ask():
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=seconds):
+        with contextlib.suppress(OSError, http.client.HTTPException), urllib.request.urlopen(url, timeout=seconds):
             answered.set()
 
     # A thread, because a name look-up ignores every timeout.
-    threading.Thread(target=ask, daemon=True).start()
-    return answered.wait(seconds)
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()
 
 
 def _offline_digits(raw: Path) -> Images:
@@ -325,7 +327,8 @@ class TopKSAE(nn.Module):
             )  # fmt: skip
             model.load_state_dict(state)
         except Exception as error:
-            raise SAEError(f"{path} is no checkpoint of this project ({error}): train one, or give another") from error
+            reason = str(error).splitlines()[0]
+            raise SAEError(f"{path} is no checkpoint of this project ({reason}): train one, or give another") from error
         return model
 
 
@@ -363,7 +366,7 @@ def _scatter_rows(indices, weights, rows, d_sae):
 
 
 def _dense(indices, weights, d_sae):
-    return weights.new_zeros(*indices.shape[:2], d_sae).scatter_(-1, indices, weights)
+    return weights.new_zeros(*indices.shape[:2], d_sae).scatter_add_(-1, indices, weights)
 
 
 class _Autoencode(torch.autograd.Function):
@@ -404,7 +407,8 @@ class _Autoencode(torch.autograd.Function):
         grad_b_dec = None
         if ctx.needs_input_grad[3]:
             grad_b_dec = g.sum(1) - torch.bmm(grad_b_enc[:, None], W)[:, 0]
-        return None, grad_W, grad_b_enc, grad_b_dec, None, None
+        grad_x = _gather_rows(indices, p, W).sum(0) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_W, grad_b_enc, grad_b_dec, None, None
 
 
 # --------------------------------------------------------------------------------------
@@ -642,11 +646,18 @@ class Trainer:
             weight = recipe.consistency_weight * 0.5 * (1 - math.cos(math.pi * warm))
             consistency = add_consistency_gradient(self.model.W, weight)
         if self.step % self.log_every == 0:
+            self.require_finite(losses)
             entry = (self.step, self.learning_rate(), float(consistency), losses.tolist())
             for name, value in zip(self.history, (*entry, pearson(x, x_hat.detach()).tolist()), strict=True):
                 self.history[name].append(value)
         self.optimizer.step()
         self.step += 1
+
+    def require_finite(self, losses: Tensor) -> None:
+        """Raise SAEError where training has diverged."""
+        if not losses.isfinite().all():
+            rate = self.recipe.learning_rate
+            raise SAEError(f"the loss is no longer a number (step {self.step}): choose a learning_rate below {rate}")
 
     @torch.no_grad()
     def align_members(self) -> None:
@@ -656,6 +667,7 @@ class Trainer:
         moments move with the features. Each member is matched to the sum of those before it.
         """
         features = self.model.features()
+        self.require_finite(features)
         total = features[0].clone()
         for m in range(1, self.recipe.n_members):
             order, _ = match_features(total, features[m])
@@ -676,6 +688,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state`, which must come from the same recipe and images."""
+        state = copy.deepcopy(state)  # training on must not change what was given
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
@@ -712,16 +725,16 @@ def add_consistency_gradient(W: Tensor, weight: float) -> Tensor:
 
 
 # Diverging in hue, but lightness rises all the way: the sign is readable without colours.
-SIGNED = LinearSegmentedColormap.from_list("signed", ["#0b2a5b", "#979797", "#ffe08a"])
+# Few steps, for small files.
+SIGNED = LinearSegmentedColormap.from_list("signed", ["#0b2a5b", "#979797", "#ffe08a"], N=33)
 
 
 def show_images(
-    images: Tensor, shape: tuple[int, int], titles: Sequence[str] = (), columns: int = 10, signed: bool = False,
-    title: str = "",
-) -> Figure:  # fmt: skip
-    """A grid of images [n, d_in]: grey from 0 to 1, or `signed` (0 is mid-grey, each on its own scale)."""
+    images: Tensor, data: Images, title: str, titles: Sequence[str] = (), columns: int = 10, signed: bool = False
+) -> Figure:
+    """A grid of images [n, d_in]: grey from 0 to 1, or `signed`: 0 is mid-grey, each image on its own scale."""
     rows = math.ceil(len(images) / columns)
-    height = 0.78 * rows + (0.22 * rows if len(titles) else 0) + (0.45 if title else 0)
+    height = 0.78 * rows + (0.22 * rows if len(titles) else 0) + 0.45
     figure, axes = plt.subplots(
         rows, columns, figsize=(0.78 * columns, height), squeeze=False, layout="constrained", facecolor="white"
     )
@@ -729,11 +742,11 @@ def show_images(
         axis.axis("off")
     for axis, image in zip(axes.flat, images.detach().float().cpu()):
         limit = image.abs().max().clamp_min(1e-8).item() if signed else 1
-        colours = dict(cmap=SIGNED, vmin=-limit) if signed else dict(cmap="gray", vmin=0)
-        axis.imshow(image.view(shape), vmax=limit, **colours)
+        colours = dict(cmap=SIGNED, vmin=-limit, interpolation="nearest") if signed else dict(cmap="gray", vmin=0)
+        axis.imshow(image.view(data.shape).numpy(), vmax=limit, **colours)
     for axis, text in zip(axes.flat, titles):
         axis.set_title(text, fontsize=7, pad=2)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{data.name}: {title}", fontsize=10)
     return figure
 
 
@@ -747,8 +760,8 @@ def plot_reconstructions(model: TopKSAE, data: Images) -> Figure:
     chosen = torch.cat([ranked[:4], ranked[middle - 2 : middle + 2], ranked[-4:]])
     titles = [f"digit {data.test_labels[i]}" for i in chosen.tolist()] + [f"{r:.3f}" for r in scores[chosen].tolist()]
     return show_images(
-        torch.cat([x[chosen], x_hat[chosen]]), data.shape, titles, columns=12,
-        title=f"{data.name}, test images (above) and reconstructions with their Pearson: best, median, worst four",
+        torch.cat([x[chosen], x_hat[chosen]]), data,
+        "test images (above) and reconstructions with their Pearson: best, median, worst four", titles, columns=12,
     )  # fmt: skip
 
 
@@ -776,24 +789,31 @@ def plot_training(history: dict[str, list], data: Images, epochs: Sequence[dict]
 def plot_features(model: TopKSAE, activity: Tensor, data: Images, n: int = 80) -> Figure:
     """Member 0's features at n evenly spaced ranks of use, most used first."""
     ranked = activity[0].argsort(descending=True).cpu()
-    chosen = ranked[torch.linspace(0, len(ranked) - 1, n).long()]
+    chosen = ranked[torch.linspace(0, len(ranked) - 1, min(n, len(ranked))).long()]
     dead = (activity[0] == 0).float().mean().item()
     return show_images(
-        model.features()[0].cpu()[chosen], data.shape, columns=20, signed=True,
-        title=f"{data.name}: {n} of {model.d_sae:,} features, most used first; light adds ink, dark removes it; "
-        f"{dead:.1%} are dead",
+        model.features()[0].cpu()[chosen], data,
+        f"{len(chosen)} of {model.d_sae:,} features, most used first; light adds ink, dark removes it; {dead:.1%} dead",
+        columns=20, signed=True,
     )  # fmt: skip
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Show a small table, as Markdown in a notebook; floats get four decimals."""
+def show(figure: Figure, data: Images) -> None:
+    """Show a figure of a notebook, with the name of the data in its corner."""
+    figure.text(0.995, 0.005, data.name, ha="right", va="bottom", fontsize=7, color="dimgray")
+    plt.show()
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence], data: Images) -> None:
+    """Show a small table, as Markdown in a notebook, with the name of the data; floats get four decimals."""
     from IPython.display import Markdown, display
 
     def line(cells):
         texts = (f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells)
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
-    display(Markdown("\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])))
+    lines = [line(header), line(["---"] * len(header)), *map(line, rows)]
+    display(Markdown("\n".join([*lines, "", f"*Data: {data.name}*"])))
 
 
 def check_claims(claims: Iterable[tuple[str, float, float, float]], data: Images) -> None:
@@ -809,7 +829,7 @@ def check_claims(claims: Iterable[tuple[str, float, float, float]], data: Images
         rows.append((text, f"{measured:.4g}", f"{low:g} to {high:g}", verdict))
         if data.is_mnist and not holds:
             failed.append(f"{text}: measured {measured:.4g}, accepted {low:g} to {high:g}")
-    table(("claim", "measured", "accepted", "verdict"), rows)
+    table(("claim", "measured", "accepted", "verdict"), rows, data)
     if failed:
         raise AssertionError("; ".join(failed))
 

@@ -1,0 +1,173 @@
+"""Metrics, against scipy, scikit-learn and plain counting."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import r2_score
+from torch.testing import assert_close
+
+import sae_helpers as sae
+
+D_IN, D_SAE, K, N = 20, 32, 5, 50
+EXACT = dict(rtol=0, atol=1e-12)
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_mse_is_that_of_each_member():
+    x, x_hat = draw(N, D_IN), draw(3, N, D_IN, seed=1)
+    expected = [sum(((x_hat[m, i] - x[i]) ** 2).mean() for i in range(N)) / N for m in range(3)]
+    assert_close(sae.mse(x, x_hat), torch.stack(expected), **EXACT)
+
+
+def test_pearson_is_scipys_image_by_image():
+    x, x_hat = draw(N, D_IN) + 3, draw(3, N, D_IN, seed=1)
+    expected = torch.tensor([[scipy.stats.pearsonr(x[i], x_hat[m, i])[0] for i in range(N)] for m in range(3)])
+    each = torch.stack([sae.pearson(x[i : i + 1], x_hat[:, i : i + 1]) for i in range(N)], 1)
+    assert_close(each, expected, **EXACT)
+    assert_close(sae.pearson(x, x_hat), expected.mean(1), **EXACT)
+
+
+def test_pearson_ignores_scale_and_offset():
+    x = draw(N, D_IN)
+    assert_close(sae.pearson(x, 3 * x + 2), torch.tensor(1.0).double(), **EXACT)
+    assert_close(sae.pearson(x, -x), torch.tensor(-1.0).double(), **EXACT)
+
+
+@pytest.mark.parametrize("constant", ["x", "x_hat"])
+def test_image_without_variation_counts_as_zero(constant):
+    x, x_hat = draw(2, D_IN), draw(2, D_IN, seed=1)
+    (x if constant == "x" else x_hat)[1] = 0.5
+    assert_close(sae.pearson(x, x_hat), sae.pearson(x[:1], x_hat[:1]) / 2, **EXACT)
+
+
+def test_explained_variance_is_scikit_learns():
+    x, x_hat = draw(N, D_IN) + 1, draw(3, N, D_IN, seed=1)
+    # scikit-learn takes the mean of the images that it is given.
+    expected = [r2_score(x, x_hat[m], multioutput="variance_weighted") for m in range(3)]
+    actual = sae.explained_variance(x, x_hat, x.mean(0))
+    assert_close(actual, torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def test_explained_variance_is_zero_for_the_mean_image_and_one_for_the_image():
+    x, mean = draw(N, D_IN), draw(D_IN, seed=1)  # any mean: the training images', say
+    assert sae.explained_variance(x, mean.expand_as(x), mean).item() == 0
+    assert sae.explained_variance(x, x, mean).item() == 1
+
+
+# evaluate
+
+
+@pytest.fixture(params=[False, True], ids=["signed", "relu"])
+def model(request):
+    model = sae.TopKSAE(D_IN, D_SAE, K, seeds=(0, 1), b_dec=torch.zeros(D_IN), relu=request.param)
+    with torch.no_grad():
+        model.b_enc += draw(2, D_SAE, dtype=torch.float32) - 1.5
+        model.b_enc[:, :4] = -9  # never among the k largest
+    return model
+
+
+@pytest.fixture
+def images():
+    return draw(N, D_IN, dtype=torch.float32) / 5
+
+
+def test_counts_are_those_of_brute_force(model, images):
+    quality = sae.evaluate(model, images, images.mean(0))
+    values, indices = model.encode(images)
+    for m in range(2):
+        fired = [{i for i, v in zip(*code) if v != 0} for code in zip(indices[m].tolist(), values[m].tolist())]
+        counts = torch.tensor([sum(i in features for features in fired) for i in range(D_SAE)])
+        assert_close(quality["activity"][m], counts / N, rtol=0, atol=0)
+        assert quality["dead_fraction"][m].item() == (counts == 0).sum().item() / D_SAE > 0
+        assert quality["mean_active"][m].item() == pytest.approx(sum(map(len, fired)) / N, rel=1e-6)
+
+
+def test_exactly_k_are_active_without_relu_and_fewer_with(model, images):
+    active = sae.evaluate(model, images, images.mean(0))["mean_active"]
+    assert (active < K).all() if model.relu else (active == K).all()
+
+
+def test_quality_is_that_of_the_reconstructions(model, images):
+    mean = images.mean(0) + 0.1
+    quality, x_hat = sae.evaluate(model, images, mean), model(images).detach()
+    assert_close(quality["mse"], sae.mse(images, x_hat), rtol=1e-5, atol=0)
+    assert_close(quality["pearson"], sae.pearson(images, x_hat), rtol=1e-5, atol=0)
+    assert_close(quality["explained_variance"], sae.explained_variance(images, x_hat, mean), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, N, N + 1])
+def test_chunks_change_nothing(model, images, chunk):
+    expected = sae.evaluate(model, images, images.mean(0))
+    actual = sae.evaluate(model, images, images.mean(0), chunk=chunk)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(actual[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_leaves_no_gradient(model, images):
+    assert not any(value.requires_grad for value in sae.evaluate(model, images, images.mean(0)).values())
+
+
+# Matching
+
+
+def test_known_permutation_is_recovered():
+    a = draw(D_SAE, D_IN)
+    permutation = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))
+    order, cosine = sae.match_features(a, a[permutation])
+    assert torch.equal(order, permutation.argsort())
+    assert_close(cosine, torch.ones(D_SAE).double(), **EXACT)
+
+
+def test_matching_ignores_length_but_not_sign():
+    a = draw(D_SAE, D_IN)
+    _, cosine = sae.match_features(a, a * draw(D_SAE, 1, seed=1).exp())
+    assert_close(cosine, torch.ones(D_SAE).double(), **EXACT)
+    _, cosine = sae.match_features(a[:2], -a[:2])
+    assert cosine.mean() < 0.9
+
+
+def test_matching_is_the_best_of_all():
+    a, b = draw(5, 3), draw(5, 3, seed=1)
+    order, cosine = sae.match_features(a, b)
+    pairs = F.cosine_similarity(a[:, None], b[None], dim=-1)
+    best = max(sum(pairs[i, p[i]].item() for i in range(5)) for p in itertools.permutations(range(5)))
+    assert cosine.sum().item() == pytest.approx(best, abs=1e-12)
+    assert_close(cosine, pairs[range(5), order], **EXACT)
+
+
+def test_permuted_copies_match_with_cosine_one():
+    a = F.normalize(draw(D_SAE, D_IN), dim=-1)
+    copies = torch.stack([a, a.flip(0), a.roll(3, 0)])
+    assert sae.matched_cosine(copies) == pytest.approx(1, abs=1e-12)
+
+
+def test_matched_cosine_is_the_mean_over_pairs():
+    features = draw(3, D_SAE, D_IN)
+    pairs = [sae.match_features(features[i], features[j])[1].mean().item() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert sae.matched_cosine(features) == pytest.approx(sum(pairs) / 3, abs=1e-12)
+
+
+def test_one_member_matches_nobody():
+    assert math.isnan(sae.matched_cosine(draw(1, D_SAE, D_IN)))
+
+
+# Prediction of the initial loss
+
+
+@pytest.mark.parametrize("d_sae, k", [(400, 30), (784, 50), (784, 784), (1024, 50), (1024, 200), (1600, 50)])
+def test_initial_mse_is_predicted(d_sae, k):
+    d_in = 784
+    x = 0.3 * draw(1000, d_in, seed=1, dtype=torch.float32)  # seed 0 would draw the model's own weights
+    measured = sae.evaluate(sae.TopKSAE(d_in, d_sae, k), x, x.mean(0))["mse"].item()
+    predicted = sae.predict_initial_mse(x.square().mean().item(), d_in, d_sae, k)
+    assert measured == pytest.approx(predicted, rel=0.01, abs=1e-6)

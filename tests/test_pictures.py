@@ -1,0 +1,219 @@
+"""Pictures that name their data, tables, and claims that are checked."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import replace
+
+import IPython.display
+import matplotlib.colors
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+import sae_helpers as sae
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """28 × 28 pixels, under a name that no picture shows by chance."""
+    from sklearn.datasets import load_digits
+
+    images = torch.tensor(load_digits().images[:400], dtype=torch.float32).div(16)
+    images = images.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :28, :28].flatten(1)
+    labels = torch.tensor(load_digits().target[:400])
+    return sae.Images("Some Digits", (28, 28), images[:300], labels[:300], images[300:], labels[300:])
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    recipe = replace(sae.RECIPES["improved"], n_members=2, epochs=4)
+    return sae.Trainer(recipe, digits.train).run(progress=False)
+
+
+def epochs(trained):
+    return [{"step": step, "test": {"mse": [0.05, 0.06], "pearson": [0.5, 0.6]}} for step in (6, 12)]
+
+
+def activity(trained, digits):
+    return sae.evaluate(trained.model, digits.test, digits.train.mean(0))["activity"]
+
+
+def plot(name, trained, digits):
+    return {
+        "reconstructions": lambda: sae.plot_reconstructions(trained.model, digits),
+        "training": lambda: sae.plot_training(trained.history, digits),
+        "training with epochs": lambda: sae.plot_training(trained.history, digits, epochs(trained)),
+        "features": lambda: sae.plot_features(trained.model, activity(trained, digits), digits),
+    }[name]()
+
+
+def text(figure):
+    return " ".join([figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)])
+
+
+def png(figure):
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+every_plot = pytest.mark.parametrize("name", ["reconstructions", "training", "training with epochs", "features"])
+
+
+@every_plot
+def test_picture_names_its_data(name, trained, digits):
+    assert "Some Digits" in text(plot(name, trained, digits))
+
+
+@every_plot
+def test_picture_is_a_small_png(name, trained, digits):
+    content = png(plot(name, trained, digits))
+    assert content.startswith(b"\x89PNG") and 5_000 < len(content) < 300_000
+
+
+@every_plot
+def test_picture_warns_of_nothing(name, trained, digits):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert png(plot(name, trained, digits))
+
+
+def test_reconstructions_are_the_best_median_and_worst(trained, digits):
+    figure = sae.plot_reconstructions(trained.model, digits)
+    x_hat = trained.model(digits.test)[0].detach()
+    scores = torch.stack([sae.pearson(x[None], y[None]) for x, y in zip(digits.test, x_hat)])
+    ranked = scores.sort(descending=True).values
+    expected = [*ranked[:4], *ranked[48:52], *ranked[-4:]]
+    assert [axis.get_title() for axis in figure.axes[12:]] == [f"{score:.3f}" for score in expected]
+    images = [np.asarray(axis.images[0].get_array()).ravel() for axis in figure.axes]
+    assert len(images) == 24
+    for above, below, score in zip(images[:12], images[12:], expected):
+        assert np.corrcoef(above, below)[0, 1] == pytest.approx(score.item(), abs=1e-5)
+        assert any(np.array_equal(above, image) for image in digits.test.numpy())
+
+
+def test_training_is_drawn_with_a_line_for_each_member(trained, digits):
+    history = trained.history
+    for axis, name in zip(sae.plot_training(history, digits, epochs(trained)).axes, ("mse", "pearson")):
+        drawn = [line.get_ydata() for line in axis.lines if len(line.get_ydata())]
+        for m in range(2):
+            assert np.allclose(drawn[m], [values[m] for values in history[name]], rtol=0, atol=0)
+        means = [np.mean(entry["test"][name]) for entry in epochs(trained)]
+        assert np.allclose(drawn[2], means, rtol=0, atol=0)
+        assert axis.get_xlabel() == "step" and axis.get_ylabel()
+
+
+def test_features_are_ordered_by_use(trained, digits):
+    use = torch.arange(1024).flip(0)[None].float().repeat(2, 1)  # feature 0 is used most
+    figure = sae.plot_features(trained.model, use, digits, n=4)
+    shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    for image, feature in zip(shown, (0, 341, 682, 1023), strict=True):
+        assert np.array_equal(image.ravel(), trained.model.features()[0, feature])
+
+
+def test_dead_features_are_counted_in_the_title(trained, digits):
+    use = torch.ones(2, 1024)
+    use[0, :256] = 0
+    assert "25.0% dead" in sae.plot_features(trained.model, use, digits).get_suptitle()
+
+
+def test_few_features_are_each_shown_once(digits):
+    model = sae.TopKSAE(784, 30, 5)
+    figure = sae.plot_features(model, torch.rand(1, 30), digits)
+    shown = [tuple(axis.images[0].get_array().ravel()) for axis in figure.axes if axis.images]
+    assert len(shown) == len(set(shown)) == 30
+    assert "30 of 30" in figure.get_suptitle()
+
+
+def of_shape(height, width):
+    """A data set of which only name and shape are asked."""
+    nothing = torch.empty(0)
+    return sae.Images("shapes", (height, width), nothing, nothing, nothing, nothing)
+
+
+def test_images_fill_rows():
+    figure = sae.show_images(torch.rand(7, 42), of_shape(6, 7), "seven", columns=3, titles=list("abcdefg"))
+    assert len(figure.axes) == 9
+    assert [len(axis.images) for axis in figure.axes] == [1] * 7 + [0] * 2
+    assert all(axis.images[0].get_array().shape == (6, 7) for axis in figure.axes[:7])
+    assert [axis.get_title() for axis in figure.axes] == [*"abcdefg", "", ""]
+    assert figure.get_suptitle() == "shapes: seven"
+
+
+def test_grey_images_share_a_scale_and_signed_ones_have_zero_in_the_middle():
+    images = torch.tensor([[-0.5, 0.25], [0.1, 0.2], [0.0, 0.0]])
+    limits = [axis.images[0].get_clim() for axis in sae.show_images(images, of_shape(1, 2), "pairs", columns=3).axes]
+    assert limits == [(0, 1)] * 3
+    limits = [
+        axis.images[0].get_clim()
+        for axis in sae.show_images(images, of_shape(1, 2), "pairs", columns=3, signed=True).axes
+    ]
+    assert all(low == -high for low, high in limits)
+    assert [high for _, high in limits] == pytest.approx([0.5, 0.2, 0], abs=1e-7)
+
+
+def test_signed_colours_grow_lighter():
+    red, green, blue = matplotlib.colors.to_rgba_array(sae.SIGNED(np.linspace(0, 1, sae.SIGNED.N)))[:, :3].T
+    lightness = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    assert (np.diff(lightness) > 0).all()
+
+
+def test_shown_figure_names_its_data():
+    figure = plt.figure()
+    sae.show(figure, of_shape(1, 1))
+    assert [text.get_text() for text in figure.texts] == ["shapes"]
+
+
+# Tables and claims
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a notebook would show."""
+    result = []
+    monkeypatch.setattr(IPython.display, "display", lambda markdown: result.append(markdown.data))
+    return result
+
+
+def test_table_is_markdown_with_four_decimals(shown):
+    sae.table(("name", "value"), [("a", 0.123456), ("b", 7)], of_shape(1, 1))
+    assert shown == ["| name | value |\n| --- | --- |\n| a | 0.1235 |\n| b | 7 |\n\n*Data: shapes*"]
+
+
+def test_bar_in_a_cell_does_not_end_it(shown):
+    sae.table(("|x|",), [("a|b",)], of_shape(1, 1))
+    assert shown == ["| \\|x\\| |\n| --- |\n| a\\|b |\n\n*Data: shapes*"]
+
+
+@pytest.fixture
+def known(small_mnist):
+    return sae.load_mnist(small_mnist)
+
+
+@pytest.mark.parametrize("measured", [0.1, 0.15, 0.2])
+def test_claim_that_holds_is_shown_to_hold(shown, known, measured):
+    sae.check_claims([("loss", measured, 0.1, 0.2)], known)
+    assert f"| loss | {measured:.4g} | 0.1 to 0.2 | holds |" in shown[0]
+
+
+@pytest.mark.parametrize("measured", [0.0999, 0.2001, math.nan, math.inf])
+def test_claim_that_fails_raises_and_is_shown(shown, known, measured):
+    claims = [("loss", measured, 0.1, 0.2), ("share", 0.5, 0, 1)]
+    with pytest.raises(AssertionError, match=f"loss: measured {measured:.4g}, accepted 0.1 to 0.2"):
+        sae.check_claims(claims, known)
+    assert "**FAILS**" in shown[0] and "| share | 0.5 | 0 to 1 | holds |" in shown[0]
+
+
+def test_every_failed_claim_is_named(shown, known):
+    with pytest.raises(AssertionError, match=r"first: .*; second: "):
+        sae.check_claims([("first", 1, 2, 3), ("second", 4, 2, 3)], known)
+
+
+def test_claims_are_not_checked_on_other_data(shown, digits):
+    sae.check_claims([("loss", 0.15, 0.1, 0.2), ("share", 7, 0, 1)], digits)
+    assert shown[0].count("not checked (not MNIST)") == 2
+    assert not any(word in shown[0] for word in ("holds", "FAILS"))
