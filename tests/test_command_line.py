@@ -276,7 +276,8 @@ def test_out_below_a_file_is_named(capsys, letters):
 
 @pytest.mark.parametrize("out", ["closed", "closed/out"])
 @pytest.mark.parametrize("mode", [0o555, 0o000], ids=["read-only", "locked"])
-def test_out_without_permission_is_named(capsys, reachable, letters, out, mode):
+def test_out_without_permission_is_named(capsys, reachable, out, mode):
+    letters = write_small(reachable / "letters")
     (reachable / "closed").mkdir()
     with without_permission(reachable / "closed", mode):
         assert_refused(
@@ -423,7 +424,8 @@ def test_damaged_state_is_named_in_one_line(capsys, letters, interrupted, conten
     assert_refused(capsys, ["--data", letters, "--resume", "--out", interrupted], path, "start a new run")
 
 
-def test_state_without_permission_is_named_in_one_line(capsys, letters, reachable, interrupted):
+def test_state_without_permission_is_named_in_one_line(capsys, reachable, interrupted):
+    letters = write_small(reachable / "letters")
     out = Path(shutil.copytree(interrupted, reachable / "out"))
     with without_permission(out):
         assert_refused(capsys, ["--data", letters, "--resume", "--out", out], out)
