@@ -194,6 +194,7 @@ def read_state(out: Path) -> dict:
         if not path.exists():
             raise sae.SAEError(f"{path} does not exist: there is no interrupted run to resume in {out}")
         state = torch.load(path, weights_only=True)
+        sae.Recipe(**state["trainer"]["recipe"])  # a state of another version may hold other settings
         return {name: state[name] for name in ("trainer", "epochs", "seconds", "data")}
     except sae.SAEError:
         raise
@@ -241,11 +242,13 @@ def write_results(out, trainer, data, epochs, seconds) -> None:
 
 def check_wandb(mode: str) -> None:
     """An online run without a login would stop and ask for one."""
-    from requests.utils import get_netrc_auth
+    if mode != "online":
+        return
+    from requests.utils import get_netrc_auth  # comes with wandb
 
     host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
     # The two places where wandb looks for its key.
-    if mode == "online" and not os.environ.get("WANDB_API_KEY") and not get_netrc_auth(f"https://{host}"):
+    if not os.environ.get("WANDB_API_KEY") and not get_netrc_auth(f"https://{host}"):
         raise sae.SAEError("--wandb online needs a login: run `wandb login` once, or use --wandb offline")
 
 

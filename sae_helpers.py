@@ -389,6 +389,7 @@ class _Autoencode(torch.autograd.Function):
         return _gather_rows(indices, u, W) + b_dec[:, None]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, W, b_dec, indices, u, norms, kept_norms = ctx.saved_tensors
         with torch.enable_grad():

@@ -424,6 +424,14 @@ def test_damaged_state_is_named_in_one_line(capsys, letters, interrupted, conten
     assert_refused(capsys, ["--data", letters, "--resume", "--out", interrupted], path, "start a new run")
 
 
+def test_state_of_another_version_is_named_in_one_line(capsys, letters, interrupted):
+    path = interrupted / "training_state.pt"
+    state = torch.load(path, weights_only=True)
+    state["trainer"]["recipe"]["a_setting_of_tomorrow"] = 1
+    torch.save(state, path)
+    assert_refused(capsys, ["--data", letters, "--resume", "--out", interrupted], path, "start a new run")
+
+
 def test_state_without_permission_is_named_in_one_line(capsys, reachable, interrupted):
     letters = write_small(reachable / "letters")
     out = Path(shutil.copytree(interrupted, reachable / "out"))
