@@ -18,6 +18,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import json
 import math
 import os
 import socket
@@ -275,14 +276,10 @@ class TopKSAE(nn.Module):
         if not 1 <= k <= d_sae:
             raise SAEError(f"k = {k} features cannot be kept of {d_sae}: choose k from 1 to the hidden size")
         self.d_in, self.d_sae, self.k, self.relu = d_in, d_sae, k, relu
-        members = [
-            nn.init.orthogonal_(torch.empty(d_sae, d_in), generator=torch.Generator().manual_seed(seed))
-            for seed in seeds
-        ]
-        self.W = nn.Parameter(torch.stack(members))  # [M, d_sae, d_in]
-        self.b_enc = nn.Parameter(torch.zeros(len(members), d_sae))  # [M, d_sae]
+        self.W = nn.Parameter(torch.stack([initial_weights(d_sae, d_in, seed) for seed in seeds]))  # [M, d_sae, d_in]
+        self.b_enc = nn.Parameter(torch.zeros(len(self.W), d_sae))  # [M, d_sae]
         start = torch.zeros(d_in) if b_dec is None else b_dec.detach().cpu()
-        self.b_dec = nn.Parameter(start.repeat(len(members), 1), requires_grad=b_dec is not None)  # [M, d_in]
+        self.b_dec = nn.Parameter(start.repeat(len(self.W), 1), requires_grad=b_dec is not None)  # [M, d_in]
 
     @property
     def n_members(self) -> int:
@@ -299,6 +296,10 @@ class TopKSAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, d_in] to reconstructions [M, B, d_in]: decode(encode(x)), with a faster gradient."""
+        return self.autoencode(x)[0]
+
+    def autoencode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` with the code that it passed through, which carries no gradient: x_hat, values, indices."""
         return _Autoencode.apply(x, self.W, self.b_enc, self.b_dec, self.k, self.relu)
 
     def features(self) -> Tensor:
@@ -330,6 +331,11 @@ class TopKSAE(nn.Module):
             reason = str(error).splitlines()[0]
             raise SAEError(f"{path} is no checkpoint of this project ({reason}): train one, or give another") from error
         return model
+
+
+def initial_weights(d_sae: int, d_in: int, seed: int) -> Tensor:
+    """Orthogonal weights [d_sae, d_in] (Saxe et al. 2013): with d_sae > d_in it is the columns that are orthonormal."""
+    return nn.init.orthogonal_(torch.empty(d_sae, d_in), generator=torch.Generator().manual_seed(seed))
 
 
 def _encode(x, W, b_enc, b_dec, k, relu):
@@ -386,11 +392,12 @@ class _Autoencode(torch.autograd.Function):
         u = values / kept_norms  # [M, B, k]
         ctx.save_for_backward(x, W, b_dec, indices, u, norms, kept_norms)
         ctx.relu = relu
-        return _gather_rows(indices, u, W) + b_dec[:, None]
+        ctx.mark_non_differentiable(values, indices)
+        return _gather_rows(indices, u, W) + b_dec[:, None], values, indices
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g, *_):
         x, W, b_dec, indices, u, norms, kept_norms = ctx.saved_tensors
         with torch.enable_grad():
             u = u.detach().requires_grad_()
@@ -455,7 +462,7 @@ def evaluate(model: TopKSAE, x: Tensor, mean: Tensor, chunk: int = 1000) -> dict
         x_hat = model.decode(values, indices)
         sse += mse(part, x_hat) * len(part)
         correlation += pearson(part, x_hat) * len(part)
-        fires.scatter_add_(1, indices.flatten(1), (values != 0).to(fires).flatten(1))
+        fires += count_fires(values, indices, model.d_sae)
     return {
         "mse": sse / n,
         "pearson": correlation / n,
@@ -464,6 +471,21 @@ def evaluate(model: TopKSAE, x: Tensor, mean: Tensor, chunk: int = 1000) -> dict
         "mean_active": fires.sum(1) / n,
         "activity": fires / n,
     }
+
+
+def count_fires(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+    """How many of the B images each feature fires for, [M, d_sae] int64: its code is there and not 0."""
+    counts = torch.zeros(len(indices), d_sae, dtype=torch.int64, device=indices.device)
+    return counts.scatter_add_(1, indices.flatten(1), (values != 0).long().flatten(1))
+
+
+def monitor_score(activity: Tensor, target: float = 0.0625) -> Tensor:
+    """The reference system's re-initialisation score of each member: mean of (|activity - target| / target)³.
+
+    activity [M, d_sae] is the share of a batch for which a feature fires; returns [M]. A
+    feature that never fires adds 1 to the mean, one that fires for every image 3,375.
+    """
+    return ((activity - target).abs() / target).pow(3).mean(-1)
 
 
 def match_features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -516,6 +538,7 @@ class Recipe:
     decoder_bias: bool  # train b_dec, from the mean image on
     learning_rate: float
     decay: float  # in this last share of the steps the learning rate falls linearly to 0
+    reinit: str  # what starts anew during training: "none", "members" (reference monitor) or rare "features"
     relu: bool = False
     d_sae: int = 1024
     k: int = 50
@@ -528,6 +551,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
+        if self.reinit not in ("none", "members", "features"):
+            raise SAEError(f"reinit is {self.reinit!r}: choose none, members or features")
         for field in ("d_sae", "k", "n_members", "epochs", "batch_size", "match_every"):
             if getattr(self, field) < 1:
                 raise SAEError(f"{field} is {getattr(self, field)}: it must be at least 1")
@@ -544,8 +569,8 @@ class Recipe:
 
 
 RECIPES = {
-    "reference": Recipe("reference", decoder_bias=False, learning_rate=1e-3, decay=0),
-    "improved": Recipe("improved", decoder_bias=True, learning_rate=2e-3, decay=0.4),
+    "reference": Recipe("reference", decoder_bias=False, learning_rate=1e-3, decay=0, reinit="members"),
+    "improved": Recipe("improved", decoder_bias=True, learning_rate=2e-3, decay=0.2, reinit="features"),
 }
 
 
@@ -567,12 +592,18 @@ class Trainer:
         x: training images [n, d_in], kept whole on `device`.
 
     Attributes: `model`, `optimizer`, `step` (steps taken), `order` (this epoch's order of
-    the images), `generator` (draws the next one) and `history`, which has one entry for
-    every `log_every` steps: step, learning_rate, consistency (a number) and mse, pearson
-    (one number per member), each measured on the training batch before the step.
+    the images), `generator` (draws the next one), `fires` [M, d_sae] (for how many of the
+    `images_seen` each feature fired; a difference between two steps is the activity in that
+    window), `reinits` (pairs of a step and how many features of each member started anew
+    after it) and `history`, which has one entry for every `log_every` steps: step,
+    learning_rate, consistency (a number) and mse, pearson (one number per member), each
+    measured on the training batch before the step.
     """
 
     log_every = 10
+    monitor_threshold = 100.0  # of the reference system; see `monitor_score`
+    reinit_every = 100  # steps between two looks for rare features
+    rare = 0.03  # a feature starts anew that has since fired less than this often, where 1 is the mean feature
 
     def __init__(self, recipe: Recipe, x: Tensor, device: torch.device | str = "cpu"):
         self.recipe = recipe
@@ -582,10 +613,18 @@ class Trainer:
         self.model = TopKSAE(
             x.shape[1], recipe.d_sae, recipe.k, seeds,
             b_dec=x.mean(0) if recipe.decoder_bias else None, relu=recipe.relu,
-        ).to(device)  # fmt: skip
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        # Adam works on each number alone, so one optimizer for all members equals one for each.
-        self.optimizer = torch.optim.Adam(parameters, fused=self.x.device.type in ("cpu", "cuda"))
+        ).to(self.x)  # fmt: skip
+        # Each member's part of each parameter: views, so that one member's Adam can start again alone.
+        self.parts = [
+            {name: p.detach()[m].requires_grad_() for name, p in self.model.named_parameters() if p.requires_grad}
+            for m in range(recipe.n_members)
+        ]
+        self.optimizer = torch.optim.Adam(
+            [{"params": list(part.values())} for part in self.parts], fused=self.x.device.type in ("cpu", "cuda")
+        )
+        self.fires = torch.zeros(recipe.n_members, recipe.d_sae, dtype=torch.int64, device=self.x.device)
+        self.fires_at_last_look = self.fires.clone()
+        self.reinits: list[tuple[int, list[int]]] = []
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.order = torch.empty(0, dtype=torch.int64)
         self.step = 0
@@ -605,6 +644,15 @@ class Trainer:
     def epoch(self) -> int:
         """Epochs completed."""
         return self.step // self.steps_per_epoch
+
+    @property
+    def images_seen(self) -> int:
+        within = self.step % self.steps_per_epoch * self.recipe.batch_size  # the last batch may be smaller
+        return self.epoch * len(self.x) + within
+
+    @property
+    def consistent(self) -> bool:
+        return self.recipe.n_members > 1 and self.recipe.consistency_weight > 0
 
     def learning_rate(self) -> float:
         left = 1 - self.step / self.total_steps
@@ -631,18 +679,19 @@ class Trainer:
         if position == 0:
             self.order = torch.randperm(len(self.x), generator=self.generator).to(self.x.device)
         x = self.x[self.order[position * recipe.batch_size : (position + 1) * recipe.batch_size]]
-        consistent = recipe.n_members > 1 and recipe.consistency_weight > 0
-        if consistent and self.step % recipe.match_every == 0:
+        if self.consistent and self.step % recipe.match_every == 0:
             self.align_members()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
 
-        x_hat = self.model(x)  # [M, B, d_in]
-        losses = mse(x, x_hat)  # [M]
-        self.optimizer.zero_grad()
+        x_hat, values, indices = self.model.autoencode(x)  # [M, B, d_in], two of [M, B, k]
+        fires = count_fires(values, indices, recipe.d_sae)  # [M, d_sae]
+        self.fires += fires
+        losses = self.losses(x, x_hat)  # [M]
+        self.model.zero_grad()
         losses.sum().backward()  # a member's loss reaches that member's parameters only
         consistency = 0.0
-        if consistent:
+        if self.consistent:
             warm = min(1.0, self.step / max(1, recipe.consistency_warmup))
             weight = recipe.consistency_weight * 0.5 * (1 - math.cos(math.pi * warm))
             consistency = add_consistency_gradient(self.model.W, weight)
@@ -651,14 +700,109 @@ class Trainer:
             entry = (self.step, self.learning_rate(), float(consistency), losses.tolist())
             for name, value in zip(self.history, (*entry, pearson(x, x_hat.detach()).tolist()), strict=True):
                 self.history[name].append(value)
+        for m, part in enumerate(self.parts):
+            for name, view in part.items():
+                view.grad = getattr(self.model, name).grad[m]
         self.optimizer.step()
         self.step += 1
+        if recipe.reinit == "members":
+            score = monitor_score(fires / len(x))
+            for m in (score > self.monitor_threshold).nonzero()[:, 0].tolist():
+                self.restart_member(m)
+        elif recipe.reinit == "features" and self.step % self.reinit_every == 0:
+            self.reinit_rare_features()
+
+    def losses(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        """What each member minimises, [M], besides the consistency loss."""
+        return mse(x, x_hat)
 
     def require_finite(self, losses: Tensor) -> None:
         """Raise SAEError where training has diverged."""
         if not losses.isfinite().all():
             rate = self.recipe.learning_rate
             raise SAEError(f"the loss is no longer a number (step {self.step}): choose a learning_rate below {rate}")
+
+    @torch.no_grad()
+    def restart_member(self, m: int) -> None:
+        """Give member m new weights, biases as at the start, and an Adam that remembers nothing."""
+        part = self.parts[m]
+        part["W"].copy_(initial_weights(self.recipe.d_sae, self.x.shape[1], self._new_seed(m)))
+        part["b_enc"].zero_()
+        if self.recipe.decoder_bias:
+            part["b_dec"].copy_(self.x.mean(0))
+        for view in part.values():
+            self.optimizer.state.pop(view, None)
+        self._note_reinit(m, self.recipe.d_sae)
+
+    @torch.no_grad()
+    def reinit_rare_features(self) -> None:
+        """Start anew each member's features that fired too rarely since the last look, except late in training.
+
+        With the consistency loss a feature belongs to its partners in the other members, which
+        would pull it away from any new direction of its own: it takes that of the living ones.
+        """
+        window = self.fires - self.fires_at_last_look
+        self.fires_at_last_look = self.fires.clone()
+        if self.step > (1 - self.recipe.decay) * self.total_steps:
+            return  # while the learning rate falls, a new feature would not be learnt to the end
+        alive = window >= self.rare * window.double().mean(1, keepdim=True)  # [M, d_sae]
+        for m in range(self.recipe.n_members):
+            rare = (~alive[m]).nonzero()[:, 0]
+            if len(rare):
+                partners = F.normalize(self.model.W[:, rare], dim=-1) * alive[:, rare, None]
+                self.reinit_features(m, rare, partners.sum(0) if self.consistent else None)
+                alive[m] = True  # a partner for the members that follow
+
+    @torch.no_grad()
+    def reinit_features(self, m: int, features: Tensor, directions: Tensor | None = None) -> None:
+        """Let n features of member m, given by index, start anew; nothing else changes.
+
+        They take the `directions` [n, d_in]; without them, or where a row is zero, they point at
+        what the member misses. Length of the row and b_enc are those of the mean of the other
+        features. So is Adam's second moment: starting it at 0, long after the first step,
+        would make the feature's first hundred steps up to 6 times too long.
+
+        Raises SAEError where the features are all that the member has.
+        """
+        part, n = self.parts[m], len(features)
+        others = torch.ones(self.recipe.d_sae, dtype=torch.bool, device=self.x.device)
+        others[features] = False
+        if not others.any():
+            raise SAEError(f"all {n} features of member {m} cannot start anew like the others: use restart_member")
+        new = self.missed_directions(m, n)
+        if directions is not None:
+            new = torch.where(directions.any(1, keepdim=True), directions, new)
+        part["W"][features] = F.normalize(new, dim=1) * part["W"][others].norm(dim=1).mean()
+        part["b_enc"][features] = part["b_enc"][others].mean()
+        for name in ("W", "b_enc"):
+            if state := self.optimizer.state.get(part[name]):
+                state["exp_avg"][features] = 0
+                state["exp_avg_sq"][features] = state["exp_avg_sq"][others].mean(0)
+        self._note_reinit(m, n)
+
+    @torch.no_grad()
+    def missed_directions(self, m: int, n: int) -> Tensor:
+        """What n images that member m reconstructs badly have in common with others, [n, d_in].
+
+        After Bricken et al. 2023, who take the residual of one image. That is good for this image
+        only; so we average it with the residuals that point the same way (cosine to the power 8).
+        """
+        generator = torch.Generator().manual_seed(self._new_seed(m))
+        x = self.x[torch.randperm(len(self.x), generator=generator)[: max(256, 2 * n)].to(self.x.device)]
+        W, b_enc, b_dec = (getattr(self.model, name)[m : m + 1] for name in ("W", "b_enc", "b_dec"))
+        residuals = x - _Autoencode.apply(x, W, b_enc, b_dec, self.recipe.k, self.recipe.relu)[0][0]
+        worst = residuals.norm(dim=1).argsort(descending=True)[torch.arange(n, device=x.device) % len(x)]
+        directions = F.normalize(residuals, dim=1)
+        return (directions[worst] @ directions.T).relu().pow(8) @ residuals
+
+    def _new_seed(self, m: int) -> int:
+        # From the step, not from a generator: training on draws the same batches with and without.
+        return int(np.random.SeedSequence([self.recipe.seed, self.step, m]).generate_state(1)[0])
+
+    def _note_reinit(self, m: int, n: int) -> None:
+        if not self.reinits or self.reinits[-1][0] != self.step:
+            self.reinits.append((self.step, [0] * self.recipe.n_members))
+        self.reinits[-1][1][m] += n
 
     @torch.no_grad()
     def align_members(self) -> None:
@@ -673,17 +817,21 @@ class Trainer:
         for m in range(1, self.recipe.n_members):
             order, _ = match_features(total, features[m])
             total += features[m, order]
-            for parameter in (self.model.W, self.model.b_enc):
-                state = self.optimizer.state.get(parameter, {})
-                for tensor in (parameter, state.get("exp_avg"), state.get("exp_avg_sq")):
+            for counts in (self.fires, self.fires_at_last_look):
+                counts[m] = counts[m, order]
+            for name in ("W", "b_enc"):
+                part = self.parts[m][name]
+                state = self.optimizer.state.get(part, {})
+                for tensor in (part, state.get("exp_avg"), state.get("exp_avg_sq")):
                     if tensor is not None:
-                        tensor[m] = tensor[m, order]
+                        tensor.copy_(tensor[order])
 
     def state_dict(self) -> dict:
         """All that is needed to go on training bit for bit as if it had never stopped."""
         return {
             "recipe": asdict(self.recipe), "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(), "order": self.order.cpu(), "step": self.step,
+            "fires": self.fires, "fires_at_last_look": self.fires_at_last_look, "reinits": self.reinits,
             "history": self.history,
         }  # fmt: skip
 
@@ -695,6 +843,9 @@ class Trainer:
         self.generator.set_state(state["generator"])
         self.order = state["order"].to(self.x.device)
         self.step = state["step"]
+        self.fires = state["fires"].to(self.x.device)
+        self.fires_at_last_look = state["fires_at_last_look"].to(self.x.device)
+        self.reinits = state["reinits"]
         self.history = state["history"]
 
 
@@ -815,6 +966,15 @@ def table(header: Sequence[str], rows: Iterable[Sequence], data: Images) -> None
 
     lines = [line(header), line(["---"] * len(header)), *map(line, rows)]
     display(Markdown("\n".join([*lines, "", f"*Data: {data.name}*"])))
+
+
+def stored_results(name: str) -> dict:
+    """Results of a benchmark, benchmarks/results/<name>.json. Raises SAEError where the file is not there."""
+    for folder in (_PROJECT / "benchmarks" / "results", Path(sys.prefix) / "share" / "mnist-sae", Path()):
+        path = folder / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+    raise SAEError(f"{name}.json is not here: put the project's benchmarks/results/{name}.json beside the notebook")
 
 
 def check_claims(claims: Iterable[tuple[str, float, float, float]], data: Images) -> None:

@@ -18,8 +18,8 @@ import sae_helpers as sae
 D_IN, D_SAE, K, N = 20, 32, 5, 100
 # 100 images in batches of 32 are four steps an epoch, the last one of four images.
 SMALL = sae.Recipe(
-    "small", decoder_bias=True, learning_rate=5e-3, decay=0.5, d_sae=D_SAE, k=K, n_members=3, epochs=4, batch_size=32,
-    consistency_weight=0, match_every=5,
+    "small", decoder_bias=True, learning_rate=5e-3, decay=0.5, reinit="none", d_sae=D_SAE, k=K, n_members=3, epochs=4,
+    batch_size=32, consistency_weight=0, match_every=5,
 )  # fmt: skip
 EXACT = dict(rtol=0, atol=1e-12)
 
@@ -30,10 +30,8 @@ def draw(*shape, seed=0):
 
 def trainer(double=False, steps=0, **changes):
     """A small trainer after some steps; in float64, so that rounding hides nothing, where asked for."""
-    result = sae.Trainer(replace(SMALL, **changes), draw(N, D_IN).float())
-    if double:
-        result.model.double()
-        result.x = result.x.double()
+    x = draw(N, D_IN).float()
+    result = sae.Trainer(replace(SMALL, **changes), x.double() if double else x)
     for _ in range(steps):
         result.train_step()
     return result
@@ -48,7 +46,7 @@ def through_a_file(state):
 
 def twin(of):
     """Another trainer that stands where `of` stands."""
-    result = trainer(double=of.x.dtype == torch.float64, **{"seed": of.recipe.seed})
+    result = trainer(double=of.x.dtype == torch.float64, seed=of.recipe.seed, relu=of.recipe.relu)
     result.recipe = of.recipe
     result.load_state_dict(through_a_file(of.state_dict()))
     return result
@@ -58,12 +56,23 @@ def parameters(of):
     return {name: tensor.detach().clone() for name, tensor in of.model.state_dict().items()}
 
 
+def moments_of(of, m):
+    """Adam's moments of member m: copies, by parameter and kind."""
+    return {
+        (name, key): of.optimizer.state[part][key].clone()
+        for name, part in of.parts[m].items()
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+
+
 def assert_identical(a, b):
     for name, tensor in a.model.state_dict().items():
         assert torch.equal(tensor, b.model.state_dict()[name]), name
-    for p, q in zip(a.model.parameters(), b.model.parameters()):
-        for name, tensor in a.optimizer.state.get(p, {}).items():
-            assert torch.equal(tensor, b.optimizer.state[q][name]), name
+    for p, q in zip(a.parts, b.parts):
+        for part in p:
+            for name, tensor in a.optimizer.state.get(p[part], {}).items():
+                assert torch.equal(tensor, b.optimizer.state[q[part]][name]), name
+    assert torch.equal(a.fires, b.fires) and a.reinits == b.reinits
     assert a.history == b.history and a.step == b.step
 
 
@@ -130,23 +139,20 @@ def test_one_member_has_nothing_to_agree_with():
 
 def test_alignment_moves_features_with_their_moments():
     one = trainer(steps=6)
-    moments = {
-        name: {key: one.optimizer.state[getattr(one.model, name)][key].clone() for key in ("exp_avg", "exp_avg_sq")}
-        for name in ("W", "b_enc")
-    }
-    before = parameters(one)
+    moments = [moments_of(one, m) for m in range(3)]
+    before, fires = parameters(one), one.fires.clone()
     one.align_members()
     assert torch.equal(one.model.W[0], before["W"][0])
     for m in range(3):
         order = torch.cdist(one.model.W[m].detach(), before["W"][m]).argmin(1)
         assert m == 0 or (order != torch.arange(D_SAE)).any()  # else nothing is shown
         assert torch.equal(order.sort().values, torch.arange(D_SAE))
+        assert torch.equal(one.fires[m], fires[m, order])
         for name in ("W", "b_enc"):
-            parameter = getattr(one.model, name)
-            assert torch.equal(parameter[m], before[name][m, order])
-            for key, moment in moments[name].items():
-                assert moment.any()
-                assert torch.equal(one.optimizer.state[parameter][key][m], moment[m, order])
+            assert torch.equal(getattr(one.model, name)[m], before[name][m, order])
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert moments[m][name, key].any()
+                assert torch.equal(moments_of(one, m)[name, key], moments[m][name, key][order])
 
 
 def test_alignment_changes_no_reconstruction():
@@ -313,18 +319,20 @@ def test_without_decoder_bias_it_stays_zero():
 
 
 @pytest.mark.parametrize("stop", [0, 6, 8], ids=["before the first step", "within an epoch", "between epochs"])
-def test_stopped_and_resumed_is_as_if_never_stopped(stop):
-    changes = dict(consistency_weight=0.01, consistency_warmup=3, seed=5)
-    whole = trainer(**changes)
-    whole.log_every = 3
-    whole.run(progress=False)
-    stopped = trainer(**changes)
-    stopped.log_every = 3
+@pytest.mark.parametrize("reinit", ["members", "features"])
+def test_stopped_and_resumed_is_as_if_never_stopped(stop, reinit):
+    def begun():
+        one = trainer(consistency_weight=0.01, consistency_warmup=3, seed=5, reinit=reinit)
+        one.log_every, one.reinit_every, one.rare, one.monitor_threshold = 3, 4, 1.0, 3.0
+        return one
+
+    whole = begun().run(progress=False)
+    assert whole.reinits[0][0] <= 6 < whole.reinits[-1][0]  # before and after the stop
+    stopped = begun()
     for _ in range(stop):
         stopped.train_step()
     state = through_a_file(stopped.state_dict())
-    resumed = trainer(**changes)
-    resumed.log_every = 3
+    resumed = begun()
     resumed.load_state_dict(state)
     assert resumed.step == stop
     resumed.run(progress=False)
@@ -383,6 +391,7 @@ def test_optimizer_takes_the_steps_learning_rate():
     [
         *((field, value) for field in ("d_sae", "k", "n_members", "epochs", "batch_size") for value in (0, -3)),
         ("match_every", 0),
+        ("reinit", "both"),
         *(("learning_rate", value) for value in (0.0, -0.5, math.nan, math.inf)),
         *(("consistency_weight", value) for value in (-0.5, math.nan, math.inf)),
         *(("decay", value) for value in (-0.5, 1.5, math.nan)),
@@ -398,7 +407,8 @@ def test_setting_that_makes_no_sense_is_named(field, value):
 def test_recipes_are_those_of_the_design():
     reference, improved = sae.RECIPES["reference"], sae.RECIPES["improved"]
     assert (reference.decoder_bias, reference.learning_rate, reference.decay) == (False, 1e-3, 0)
-    assert (improved.decoder_bias, improved.learning_rate, improved.decay) == (True, 2e-3, 0.4)
+    assert (improved.decoder_bias, improved.learning_rate, improved.decay) == (True, 2e-3, 0.2)
+    assert (reference.reinit, improved.reinit) == ("members", "features")
     for name, recipe in sae.RECIPES.items():
         assert recipe.name == name and not recipe.relu
         assert (recipe.d_sae, recipe.k, recipe.n_members, recipe.epochs, recipe.batch_size) == (1024, 50, 5, 5, 128)
