@@ -222,7 +222,7 @@ def write_results(out, trainer, data, epochs, seconds) -> None:
         "recipe": {field.name: getattr(recipe, field.name) for field in fields(recipe)},
         "epochs": epochs,
         "final": {part: epochs[-1][part] for part in ("train", "test")},
-        "reinitialised_features": [sum(counts) for counts in zip(*(counts for _, counts in trainer.reinits))],
+        "reinitialised_features": [sum(counts[m] for _, counts in trainer.reinits) for m in range(recipe.n_members)],
         "train_images_evaluated": min(len(data.train), len(data.test)),
         "seconds": seconds,
         "device": trainer.x.device.type if trainer.x.device.type != "cuda" else torch.cuda.get_device_name(),

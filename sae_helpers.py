@@ -591,7 +591,8 @@ class Trainer:
         recipe: the settings.
         x: training images [n, d_in], kept whole on `device`.
 
-    Attributes: `model`, `optimizer`, `step` (steps taken), `order` (this epoch's order of
+    Attributes: `model`, `parts` (for each member its slices of the trained parameters, sharing
+    their memory), `optimizer` (Adam, a group for each member), `step` (steps taken), `order` (this epoch's order of
     the images), `generator` (draws the next one), `fires` [M, d_sae] (for how many of the
     `images_seen` each feature fired; a difference between two steps is the activity in that
     window), `reinits` (pairs of a step and how many features of each member started anew
@@ -697,8 +698,9 @@ class Trainer:
             consistency = add_consistency_gradient(self.model.W, weight)
         if self.step % self.log_every == 0:
             self.require_finite(losses)
-            entry = (self.step, self.learning_rate(), float(consistency), losses.tolist())
-            for name, value in zip(self.history, (*entry, pearson(x, x_hat.detach()).tolist()), strict=True):
+            quality = (of(x, x_hat.detach()).tolist() for of in (mse, pearson))
+            entry = (self.step, self.learning_rate(), float(consistency), *quality)
+            for name, value in zip(self.history, entry, strict=True):
                 self.history[name].append(value)
         for m, part in enumerate(self.parts):
             for name, view in part.items():
@@ -784,8 +786,8 @@ class Trainer:
     def missed_directions(self, m: int, n: int) -> Tensor:
         """What n images that member m reconstructs badly have in common with others, [n, d_in].
 
-        After Bricken et al. 2023, who take the residual of one image. That is good for this image
-        only; so we average it with the residuals that point the same way (cosine to the power 8).
+        After Bricken et al. 2023, who take the residual of one image. Here it is averaged with
+        those that point the same way (weight: cosine to the power 8).
         """
         generator = torch.Generator().manual_seed(self._new_seed(m))
         x = self.x[torch.randperm(len(self.x), generator=generator)[: max(256, 2 * n)].to(self.x.device)]
