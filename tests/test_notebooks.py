@@ -10,6 +10,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from conftest import one_line_error
+
+import sae_helpers as sae
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -86,7 +89,7 @@ def copy(tmp_path):
     """The project's own files, to be stamped."""
     for name in ("pyproject.toml", "README.md", "LICENSE", "sae_helpers.py", "mnist_sae_train.py"):
         shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("notebooks", "tools"):
+    for name in ("notebooks", "tools", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("data", ".ipynb_checkpoints"))
     return tmp_path
 
@@ -106,6 +109,22 @@ def test_colab_refuses_what_is_no_repository(copy):
     assert agrees(copy)
 
 
+# ---- stored results ---------------------------------------------------------------------
+
+
+def test_stored_results_lie_with_the_project_or_beside_the_notebook(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stored = ROOT / "benchmarks" / "results" / "dead_features.json"
+    assert sae.stored_results("dead_features") == json.loads(stored.read_text())
+    (tmp_path / "mine.json").write_text('{"a": 1}')
+    assert sae.stored_results("mine") == {"a": 1}
+
+
+def test_missing_stored_results_are_named():
+    with one_line_error("no_such_results.json", "beside the notebook"):
+        sae.stored_results("no_such_results")
+
+
 # ---- the set-up cell in Colab ---------------------------------------------------------
 
 
@@ -122,9 +141,9 @@ def colab(tmp_path_factory):
     (packages / "google" / "colab" / "__init__.py").touch()
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
 
-    def run_setup(source, content, **environment):
+    def run_setup(source, content, extra="", **environment):
         content.mkdir(exist_ok=True)
-        (content / "cell.py").write_text(source + "\nimport sae_helpers, torch\nprint(sae_helpers.__file__)\n")
+        (content / "cell.py").write_text(source + "\nimport sae_helpers, torch\nprint(sae_helpers.__file__)\n" + extra)
         return subprocess.run(
             [folder / "venv" / "bin" / "python", "-c", "import google.colab; exec(open('cell.py').read())"],
             cwd=content, capture_output=True, text=True, timeout=300,
@@ -165,11 +184,13 @@ def test_stamped_set_up_installs_the_project_and_nothing_else(colab, copy):
     before = colab.installed()
     result = colab(
         setup_cell(next((copy / "notebooks").glob("*.ipynb"))), copy / "content",
+        "print(*sae_helpers.stored_results('dead_features'))\n",
         # Git fetches the copy where the cell says GitHub; the build uses the setuptools that is here.
         GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0=f"url.file://{copy}.insteadOf",
         GIT_CONFIG_VALUE_0="https://github.com/owner/name", PIP_NO_BUILD_ISOLATION="0",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "site-packages" in result.stdout
+    assert "remedies" in result.stdout  # stored results come along
     new = {name for name in colab.installed() - before if not name.startswith(("mnist_sae", "__pycache__"))}
     assert new == {"sae_helpers.py"}, "Colab's own packages, torch above all, must stay"
