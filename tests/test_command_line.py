@@ -296,7 +296,8 @@ def test_another_run_is_not_overwritten(capsys, letters, name):
 
 # Interrupted runs
 
-MANY = [*TINY, "--epochs", "60", "--consistency_weight", "0.1"]
+EPOCHS = 200  # a run so long that no hitch of the machine lets it end before the signal
+MANY = [*TINY, "--epochs", str(EPOCHS), "--consistency_weight", "0.1"]
 
 
 def start(arguments, **options):
@@ -323,7 +324,7 @@ def interrupted_by(signal_number, letters, out):
     finally:
         process.kill()
         process.wait()
-    assert not (out / "sae.safetensors").exists()
+    assert not (out / "sae.safetensors").exists(), f"it ran to its end: status {process.returncode}, {errors}"
     return process.returncode, errors
 
 
@@ -358,7 +359,7 @@ def header_and_numbers(path):
 def assert_as_if_uninterrupted(out, uninterrupted):
     assert header_and_numbers(out / "sae.safetensors") == header_and_numbers(uninterrupted / "sae.safetensors")
     metrics, expected = (strict_json(folder / "metrics.json") for folder in (out, uninterrupted))
-    assert len(expected["epochs"]) == 60
+    assert len(expected["epochs"]) == EPOCHS
     for name in ("recipe", "epochs", "final"):
         assert metrics[name] == expected[name]
     assert (out / "training_metrics.png").read_bytes() == (uninterrupted / "training_metrics.png").read_bytes()
@@ -389,7 +390,7 @@ def test_keyboard_interrupt_ends_with_status_130_and_can_be_resumed(letters, tmp
     "option, given, had",
     [
         ("k", 4, 3),
-        ("epochs", 3, 60),
+        ("epochs", 3, EPOCHS),
         ("seed", 1, 0),
         ("learning_rate", 0.5, 0.002),
         ("recipe", "reference", "improved"),
