@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -29,9 +30,9 @@ RECIPE_OPTIONS = {
     "batch_size": "batch_size",
     "learning_rate": "learning_rate",
     "consistency_weight": "consistency_weight",
+    "precision": "precision",
     "seed": "seed",
 }
-REPORTED = ("mse", "pearson", "explained_variance", "dead_fraction")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -134,8 +135,6 @@ def train(args) -> None:
         trainer.load_state_dict(state["trainer"])
         epochs, seconds = state["epochs"], state["seconds"]
     run = start_wandb(args.wandb, recipe, data, out)
-    x_test, mean = data.test.to(device), data.train.mean(0).to(device)
-    x_train = trainer.x[: len(x_test)]  # as many as test images, so that dead fractions compare
     began = time.perf_counter()
 
     def after_epoch(trainer):
@@ -143,32 +142,34 @@ def train(args) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds += time.perf_counter() - began
-        entry = {"epoch": trainer.epoch, "step": trainer.step}
-        for part, x in (("train", x_train), ("test", x_test)):
-            quality = sae.evaluate(trainer.model, x, mean)
-            trainer.require_finite(quality["mse"])
-            entry[part] = {name: quality[name].tolist() for name in REPORTED}
-        # JSON has no nan, which one member alone would give.
-        cosine = sae.matched_cosine(trainer.model.features()) if recipe.n_members > 1 else None
-        for part in ("train", "test"):
-            entry[part]["matched_cosine"] = cosine
+        entry, activity = sae.report(trainer, data)
         epochs.append(entry)
-        if run:
-            log_epoch(run, trainer, entry)
-        if trainer.step < trainer.total_steps:
+        last = trainer.step == trainer.total_steps
+        if last:
+            write_results(out, trainer, data, epochs, seconds)
+        if run or last:
+            figures = sae.plot_run(trainer, data, epochs, activity)
+            if run:
+                sae.log_epoch(run, trainer, entry, figures)
+            if last:
+                for name, figure in figures.items():
+                    sae.write_atomically(out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, dpi=90))
+            plt.close("all")
+        if not last:
             saved = {"trainer": trainer.state_dict(), "epochs": epochs, "seconds": seconds, "data": fingerprint}
             sae.write_atomically(out / STATE, lambda path: torch.save(saved, path))
         began = time.perf_counter()
 
     trainer.run(progress=True, after_epoch=after_epoch)
-    write_results(out, trainer, data, epochs, seconds)
     if run:
         finish_wandb(run, out)
     (out / STATE).unlink(missing_ok=True)
     test = epochs[-1]["test"]
     print(
         f"{data.name}, test images, mean of members: "
-        + ", ".join(f"{name} {np.mean(test[name]):.4f}" for name in REPORTED)
+        + ", ".join(
+            f"{name} {np.mean(test[name]):.4f}" for name in ("mse", "pearson", "explained_variance", "dead_fraction")
+        )
         + (f", matched cosine {test['matched_cosine']:.3f}" if recipe.n_members > 1 else "")
         + f"; {seconds:.0f} s of training; results in {out}"
     )
@@ -214,7 +215,7 @@ def resumed_recipe(args, state: dict) -> sae.Recipe:
 
 
 def write_results(out, trainer, data, epochs, seconds) -> None:
-    """Checkpoint, metrics and pictures, each whole or not there."""
+    """Checkpoint and metrics, each whole or not there."""
     recipe = trainer.recipe
     trainer.model.save(out / "sae.safetensors", data=data.name, recipe=recipe.name)
     metrics = {
@@ -230,15 +231,6 @@ def write_results(out, trainer, data, epochs, seconds) -> None:
         "seed": recipe.seed,
     }
     sae.write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
-    mean = trainer.x.mean(0)
-    activity = sae.evaluate(trainer.model, data.test.to(trainer.x.device), mean)["activity"]
-    pictures = {
-        "reconstructions": sae.plot_reconstructions(trainer.model, data),
-        "training_metrics": sae.plot_training(trainer.history, data, epochs),
-        "sae_features": sae.plot_features(trainer.model, activity, data),
-    }
-    for name, figure in pictures.items():
-        sae.write_atomically(out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, dpi=90))
 
 
 def check_wandb(mode: str) -> None:
@@ -264,21 +256,9 @@ def start_wandb(mode: str, recipe, data, out):
     return wandb.init(project="mnist-sae", mode=mode, dir=str(out), config=config)
 
 
-def log_epoch(run, trainer, entry) -> None:
-    """This epoch's history, step by step, then its evaluation; means over the members."""
-    history = trainer.history
-    for i, step in enumerate(history["step"]):
-        if step >= entry["step"] - trainer.steps_per_epoch:
-            run.log({f"train/{name}": float(np.mean(values[i])) for name, values in history.items()}, step=step)
-    evaluated = {f"test/{name}": float(np.mean(value)) for name, value in entry["test"].items() if value is not None}
-    run.log(evaluated, step=entry["step"])
-
-
 def finish_wandb(run, out) -> None:
     import wandb
 
-    names = ("reconstructions", "training_metrics", "sae_features")
-    run.log({name: wandb.Image(str(out / f"{name}.png")) for name in names})
     artifact = wandb.Artifact("sae", type="model")
     artifact.add_file(str(out / "sae.safetensors"))
     run.log_artifact(artifact)

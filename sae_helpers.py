@@ -261,20 +261,25 @@ class TopKSAE(nn.Module):
     x_hat = Σ value · W_row / ‖W_row‖ + b_dec        over the kept features
 
     Args:
-        d_in, d_sae, k: input size, features, features kept for an image.
+        d_in, d_sae, k: input size, features, features kept for an image (one number, or one for each member).
         seeds: one per member; a member is the same whatever members stand beside it.
         b_dec: start of the decoder bias [d_in]; None leaves it at zero and untrained.
         relu: kept values below zero become zero.
 
-    Raises SAEError where k is not in 1…d_sae.
+    Where members keep different numbers of features, codes are as long as the largest k;
+    what lies beyond a member's own k is 0.
+
+    Raises SAEError where a k is not in 1…d_sae, or not as many are given as there are members.
     """
 
     def __init__(
-        self, d_in: int, d_sae: int, k: int, seeds: Sequence[int] = (0,), b_dec: Tensor | None = None, relu=False
-    ):
+        self, d_in: int, d_sae: int, k: int | Sequence[int], seeds: Sequence[int] = (0,),
+        b_dec: Tensor | None = None, relu=False,
+    ):  # fmt: skip
         super().__init__()
-        if not 1 <= k <= d_sae:
-            raise SAEError(f"k = {k} features cannot be kept of {d_sae}: choose k from 1 to the hidden size")
+        for one in per_member("k", k, len(seeds)):
+            if not 1 <= one <= d_sae:
+                raise SAEError(f"k = {one} features cannot be kept of {d_sae}: choose k from 1 to the hidden size")
         self.d_in, self.d_sae, self.k, self.relu = d_in, d_sae, k, relu
         self.W = nn.Parameter(torch.stack([initial_weights(d_sae, d_in, seed) for seed in seeds]))  # [M, d_sae, d_in]
         self.b_enc = nn.Parameter(torch.zeros(len(self.W), d_sae))  # [M, d_sae]
@@ -309,7 +314,8 @@ class TopKSAE(nn.Module):
     def save(self, path: str | Path, data: str, recipe: str) -> None:
         """Write W, b_enc, b_dec and what is needed to use them (safetensors)."""
         metadata = dict(
-            k=str(self.k), relu=str(int(self.relu)), d_in=str(self.d_in), d_sae=str(self.d_sae),
+            k=",".join(map(str, np.atleast_1d(self.k))), relu=str(int(self.relu)),
+            d_in=str(self.d_in), d_sae=str(self.d_sae),
             n_members=str(self.n_members), data=data, recipe=recipe,
         )  # fmt: skip
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -322,8 +328,9 @@ class TopKSAE(nn.Module):
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            ks = tuple(map(int, metadata["k"].split(",")))
             model = cls(
-                int(metadata["d_in"]), int(metadata["d_sae"]), int(metadata["k"]),
+                int(metadata["d_in"]), int(metadata["d_sae"]), ks[0] if len(ks) == 1 else ks,
                 seeds=range(int(metadata["n_members"])), relu=metadata["relu"] == "1",
             )  # fmt: skip
             model.load_state_dict(state)
@@ -333,6 +340,14 @@ class TopKSAE(nn.Module):
         return model
 
 
+def per_member(name: str, value, n_members: int) -> tuple:
+    """A setting as one value for each member. Raises SAEError where their number is wrong."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * n_members
+    if len(values) != n_members:
+        raise SAEError(f"{name} has {len(values)} values for {n_members} members: give one value, or one for each")
+    return values
+
+
 def initial_weights(d_sae: int, d_in: int, seed: int) -> Tensor:
     """Orthogonal weights [d_sae, d_in] (Saxe et al. 2013): with d_sae > d_in it is the columns that are orthonormal."""
     return nn.init.orthogonal_(torch.empty(d_sae, d_in), generator=torch.Generator().manual_seed(seed))
@@ -340,8 +355,20 @@ def initial_weights(d_sae: int, d_in: int, seed: int) -> Tensor:
 
 def _encode(x, W, b_enc, b_dec, k, relu):
     pre = torch.baddbmm(b_enc[:, None], x - b_dec[:, None], W.transpose(1, 2))  # [M, B, d_sae]
-    values, indices = pre.topk(k, sorted=False)  # by index, so that ties never keep more than k
+    kept = _kept(k, pre.device)
+    # By index, so that ties never keep more than k.
+    values, indices = pre.topk(int(np.max(k)), sorted=kept is not None)
+    if kept is not None:
+        values = values * kept
     return (values.relu() if relu else values), indices
+
+
+def _kept(k, device):
+    """Which of the max(k) largest each member keeps, [M, 1, max(k)]; None where all keep the same number."""
+    if isinstance(k, int):
+        return None
+    ranks = torch.arange(max(k), device=device)  # a tensor made of k would be copied to the device: no graph holds that
+    return torch.stack([ranks < one for one in k])[:, None]
 
 
 def _gather_rows(indices, weights, rows):
@@ -350,25 +377,48 @@ def _gather_rows(indices, weights, rows):
     On a CPU only the n rows that are needed are touched, a twentieth of the dense product's work.
     """
     M, B, n = indices.shape
-    if rows.device.type != "cpu":
+    if _dense_is_faster(rows):
         return torch.bmm(_dense(indices, weights, rows.shape[1]), rows)
-    offset = torch.arange(M)[:, None, None] * rows.shape[1]
     flat = F.embedding_bag(
-        (indices + offset).view(M * B, n), rows.reshape(-1, rows.shape[-1]),
+        _bags(indices, rows.shape[1])[0], rows.reshape(-1, rows.shape[-1]),
         per_sample_weights=weights.reshape(M * B, n), mode="sum",
     )  # fmt: skip
     return flat.view(M, B, -1)
 
 
+def _row_products(indices, g, rows):
+    """Products of g [M, B, d_in] with the rows that are needed → [M, B, n]: the gather's gradient at its weights."""
+    if _dense_is_faster(rows):
+        return torch.bmm(g, rows.transpose(1, 2)).gather(-1, indices)
+    flat, offsets, bag = _bags(indices, rows.shape[1])
+    # Autograd's own formula, without the forward pass that autograd would run first.
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        g.flatten(0, 1), rows.reshape(-1, rows.shape[-1]), flat.flatten(), offsets, bag, 0
+    )
+    return products.view(indices.shape)
+
+
 def _scatter_rows(indices, weights, rows, d_sae):
     """The transpose of `_gather_rows`: rows [M, B, d_in], weighted, are added up by index → [M, d_sae, d_in]."""
-    if rows.device.type != "cpu":
+    if _dense_is_faster(rows):
         return torch.bmm(_dense(indices, weights, d_sae).transpose(1, 2), rows)
-    # The gradient of a weighted gather is the weighted scatter, and embedding_bag has a fast one.
-    with torch.enable_grad():
-        target = rows.new_empty(rows.shape[0], d_sae, rows.shape[-1]).requires_grad_()
-        gathered = _gather_rows(indices, weights.detach(), target)
-    return torch.autograd.grad(gathered, target, rows)[0]
+    flat, offsets, bag = _bags(indices, d_sae)
+    total = torch.ops.aten._embedding_bag_dense_backward(
+        rows.flatten(0, 1), flat.flatten(), bag, offsets, offsets, len(rows) * d_sae, False, 0, weights.flatten()
+    )
+    return total.view(len(rows), d_sae, -1)
+
+
+def _bags(indices, d_sae):
+    """What embedding_bag calls indices, offsets and offset2bag, with one bag of n rows for each member and image."""
+    M, B, n = indices.shape
+    flat = (indices + torch.arange(M)[:, None, None] * d_sae).view(M * B, n)
+    offsets = torch.arange(0, M * B * n, n)
+    return flat, offsets, torch.arange(M * B).repeat_interleave(n)
+
+
+def _dense_is_faster(rows):
+    return rows.device.type != "cpu"
 
 
 def _dense(indices, weights, d_sae):
@@ -391,7 +441,11 @@ class _Autoencode(torch.autograd.Function):
         kept_norms = norms[:, None].expand(-1, len(x), -1).gather(-1, indices)
         u = values / kept_norms  # [M, B, k]
         ctx.save_for_backward(x, W, b_dec, indices, u, norms, kept_norms)
-        ctx.relu = relu
+        ctx.k, ctx.relu = k, relu
+        device = x.device.type
+        ctx.autocast = dict(
+            device_type=device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
+        )
         ctx.mark_non_differentiable(values, indices)
         return _gather_rows(indices, u, W) + b_dec[:, None], values, indices
 
@@ -399,15 +453,17 @@ class _Autoencode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, *_):
         x, W, b_dec, indices, u, norms, kept_norms = ctx.saved_tensors
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            p = torch.autograd.grad(_gather_rows(indices, u, W.detach()), u, g)[0]
-        p, u = p / kept_norms, u.detach()
-        if ctx.relu:
-            p = p * (u > 0)
-        grad_W = _scatter_rows(
-            torch.cat([indices, indices], 1), torch.cat([u, p], 1), torch.cat([g, x - b_dec[:, None]], 1), W.shape[1]
-        )
+        with torch.autocast(**ctx.autocast):  # the large products in the precision of the forward pass
+            p = _row_products(indices, g, W) / kept_norms
+            kept = _kept(ctx.k, x.device)
+            if kept is not None:
+                p = p * kept
+            if ctx.relu:
+                p = p * (u > 0)
+            grad_W = _scatter_rows(
+                torch.cat([indices, indices], 1), torch.cat([u, p], 1), torch.cat([g, x - b_dec[:, None]], 1),
+                W.shape[1],
+            ).to(W.dtype)  # fmt: skip
         flat = indices.flatten(1)  # [M, B k]
         grad_norms = torch.zeros_like(norms).scatter_add_(1, flat, (p * u).flatten(1))
         grad_W.addcmul_(W, (grad_norms / norms)[..., None], value=-1)
@@ -473,6 +529,27 @@ def evaluate(model: TopKSAE, x: Tensor, mean: Tensor, chunk: int = 1000) -> dict
     }
 
 
+def report(trainer: Trainer, data: Images) -> tuple[dict, Tensor]:
+    """Quality of what has been trained so far, for a file: epoch, step, and under `train` and `test` the metrics.
+
+    Each metric has a number for each member; `matched_cosine` is one number, or None where
+    there is one member. As many training images are evaluated as there are test images, so
+    that dead fractions compare. Returns the entry, and the activity [M, d_sae] on test images.
+
+    Raises SAEError where training has diverged.
+    """
+    x_test, mean = data.test.to(trainer.x.device), trainer.x.mean(0)
+    features = trainer.model.features()
+    cosine = matched_cosine(features) if len(features) > 1 else None
+    entry = {"epoch": trainer.epoch, "step": trainer.step}
+    for part, x in (("train", trainer.x[: len(x_test)]), ("test", x_test)):
+        quality = evaluate(trainer.model, x, mean)
+        trainer.require_finite(quality["mse"])
+        names = ("mse", "pearson", "explained_variance", "dead_fraction")
+        entry[part] = {name: quality[name].tolist() for name in names} | {"matched_cosine": cosine}
+    return entry, quality["activity"]
+
+
 def count_fires(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
     """How many of the B images each feature fires for, [M, d_sae] int64: its code is there and not 0."""
     counts = torch.zeros(len(indices), d_sae, dtype=torch.int64, device=indices.device)
@@ -532,40 +609,50 @@ def predict_initial_mse(energy: float, d_in: int, d_sae: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of a run. Raises SAEError where one makes no sense."""
+    """All settings of a run. Raises SAEError where one makes no sense.
+
+    `learning_rate` and `k` may be tuples with a value for each member: one run then compares them.
+    """
 
     name: str
     decoder_bias: bool  # train b_dec, from the mean image on
-    learning_rate: float
+    learning_rate: float | tuple[float, ...]
     decay: float  # in this last share of the steps the learning rate falls linearly to 0
     reinit: str  # what starts anew during training: "none", "members" (reference monitor) or rare "features"
     relu: bool = False
     d_sae: int = 1024
-    k: int = 50
+    k: int | tuple[int, ...] = 50
     n_members: int = 5
     epochs: int = 5
     batch_size: int = 128
     consistency_weight: float = 0.01
     consistency_warmup: int = 100  # steps
     match_every: int = 100  # steps between two matchings of the members
+    precision: str = "auto"  # of the large products: float32, float16, bfloat16; auto: float16 on CUDA, else float32
     seed: int = 0
 
     def __post_init__(self):
         if self.reinit not in ("none", "members", "features"):
             raise SAEError(f"reinit is {self.reinit!r}: choose none, members or features")
-        for field in ("d_sae", "k", "n_members", "epochs", "batch_size", "match_every"):
+        if self.precision not in ("auto", "float32", "float16", "bfloat16"):
+            raise SAEError(f"precision is {self.precision!r}: choose auto, float32, float16 or bfloat16")
+        for field in ("d_sae", "n_members", "epochs", "batch_size", "match_every"):
             if getattr(self, field) < 1:
                 raise SAEError(f"{field} is {getattr(self, field)}: it must be at least 1")
-        if not 0 < self.learning_rate < math.inf:
-            raise SAEError(f"learning_rate is {self.learning_rate}: it must be above 0, for example 0.001")
+        for rate in per_member("learning_rate", self.learning_rate, self.n_members):
+            if not 0 < rate < math.inf:
+                raise SAEError(f"learning_rate is {rate}: it must be above 0, for example 0.001")
+        for k in per_member("k", self.k, self.n_members):
+            if k < 1:
+                raise SAEError(f"k is {k}: it must be at least 1")
+            if k > self.d_sae:
+                raise SAEError(f"k = {k} features cannot be kept of d_sae = {self.d_sae}: choose a smaller k")
         if not 0 <= self.consistency_weight < math.inf:
             raise SAEError(f"consistency_weight is {self.consistency_weight}: it must be 0 or above, for example 0.01")
         if not 0 <= self.decay <= 1:
             raise SAEError(f"decay is {self.decay}: it is a share of the steps, from 0 to 1")
         if not 0 <= self.seed < 2**32:
             raise SAEError(f"seed is {self.seed}: it must be from 0 to {2**32 - 1}")
-        if self.k > self.d_sae:
-            raise SAEError(f"k = {self.k} features cannot be kept of d_sae = {self.d_sae}: choose a smaller k")
 
 
 RECIPES = {
@@ -584,6 +671,17 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """`auto` takes float16 on CUDA, float32 elsewhere. Raises SAEError where the device does not train in `name`."""
+    if name == "auto":
+        name = "float16" if device.type == "cuda" else "float32"
+    if name not in {"cuda": ("float32", "float16", "bfloat16"), "cpu": ("float32", "bfloat16")}.get(
+        device.type, ("float32",)
+    ):
+        raise SAEError(f"precision {name} is not for device {device.type}: choose auto or float32")
+    return getattr(torch, name)
+
+
 class Trainer:
     """Trains the members of an ensemble on the same batches; holds all that training remembers.
 
@@ -592,23 +690,29 @@ class Trainer:
         x: training images [n, d_in], kept whole on `device`.
 
     Attributes: `model`, `parts` (for each member its slices of the trained parameters, sharing
-    their memory), `optimizer` (Adam, a group for each member), `step` (steps taken), `order` (this epoch's order of
-    the images), `generator` (draws the next one), `fires` [M, d_sae] (for how many of the
-    `images_seen` each feature fired; a difference between two steps is the activity in that
-    window), `reinits` (pairs of a step and how many features of each member started anew
-    after it) and `history`, which has one entry for every `log_every` steps: step,
-    learning_rate, consistency (a number) and mse, pearson (one number per member), each
-    measured on the training batch before the step.
+    their memory), `optimizer` (Adam, a group for each member), `scaler` (of the loss, for float16),
+    `step` (steps taken), `order` (this epoch's order of the images), `generator` (draws the
+    next one), `fires` [M, d_sae] (for how many of the `images_seen` each feature fired; a
+    difference between two steps is the activity in that window), `reinits` (pairs of a step
+    and how many features of each member started anew after it) and `history`, which has one
+    entry for every `log_every` steps, measured before the step: step; consistency (the
+    consistency loss, 0 where it is off); and, one number per member, learning_rate,
+    dead_fraction (features that fired for none of the last 100 to 200 batches, or of all so
+    far) and, on the training batch, mse and pearson.
+
+    Raises SAEError where the device cannot train in the recipe's precision.
     """
 
     log_every = 10
+    capture = True  # on CUDA, replay the step as one CUDA graph: it is bound by the launches of its kernels
     monitor_threshold = 100.0  # of the reference system; see `monitor_score`
-    reinit_every = 100  # steps between two looks for rare features
+    look_every = 100  # steps between two looks at which features have fired
     rare = 0.03  # a feature starts anew that has since fired less than this often, where 1 is the mean feature
 
     def __init__(self, recipe: Recipe, x: Tensor, device: torch.device | str = "cpu"):
         self.recipe = recipe
         self.x = x.to(device)
+        self.precision = pick_precision(recipe.precision, self.x.device)
         # Distinct for distinct (seed, member), so that two ensembles share no member.
         seeds = np.random.SeedSequence(recipe.seed).generate_state(recipe.n_members).tolist()
         self.model = TopKSAE(
@@ -620,17 +724,24 @@ class Trainer:
             {name: p.detach()[m].requires_grad_() for name, p in self.model.named_parameters() if p.requires_grad}
             for m in range(recipe.n_members)
         ]
+        on_cuda = self.x.device.type == "cuda"
         self.optimizer = torch.optim.Adam(
-            [{"params": list(part.values())} for part in self.parts], fused=self.x.device.type in ("cpu", "cuda")
-        )
+            # A captured step reads the learning rates where they lie, so on CUDA they are tensors.
+            [{"params": list(part.values()), "lr": self.x.new_zeros(()) if on_cuda else 0.0} for part in self.parts],
+            fused=on_cuda or self.x.device.type == "cpu", capturable=on_cuda,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.x.device.type, enabled=self.precision == torch.float16)
+        self.weight = self.x.new_zeros(())  # of the consistency loss, in this step
+        self.graph = None  # the captured step; see `replay`
+        self.plain_steps = 0  # full batches that went before its capture
         self.fires = torch.zeros(recipe.n_members, recipe.d_sae, dtype=torch.int64, device=self.x.device)
-        self.fires_at_last_look = self.fires.clone()
+        self.fires_at_last_look, self.fires_at_look_before = self.fires.clone(), self.fires.clone()
         self.reinits: list[tuple[int, list[int]]] = []
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.order = torch.empty(0, dtype=torch.int64)
         self.step = 0
         self.history: dict[str, list] = {
-            name: [] for name in ("step", "learning_rate", "consistency", "mse", "pearson")
+            name: [] for name in ("step", "consistency", "learning_rate", "dead_fraction", "mse", "pearson")
         }
 
     @property
@@ -655,9 +766,11 @@ class Trainer:
     def consistent(self) -> bool:
         return self.recipe.n_members > 1 and self.recipe.consistency_weight > 0
 
-    def learning_rate(self) -> float:
+    def learning_rates(self) -> list[float]:
+        """Each member's learning rate in this step."""
         left = 1 - self.step / self.total_steps
-        return self.recipe.learning_rate * (min(1.0, left / self.recipe.decay) if self.recipe.decay else 1.0)
+        share = min(1.0, left / self.recipe.decay) if self.recipe.decay else 1.0
+        return [rate * share for rate in per_member("learning_rate", self.recipe.learning_rate, len(self.parts))]
 
     def run(self, progress: bool = True, after_epoch: Callable[[Trainer], None] | None = None) -> Trainer:
         """Train to the end and return itself; `after_epoch(trainer)` is called at the end of each epoch."""
@@ -682,37 +795,77 @@ class Trainer:
         x = self.x[self.order[position * recipe.batch_size : (position + 1) * recipe.batch_size]]
         if self.consistent and self.step % recipe.match_every == 0:
             self.align_members()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+        # What changes from step to step lies where a captured step reads it.
+        for group, rate in zip(self.optimizer.param_groups, self.learning_rates()):
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        warm = min(1.0, self.step / max(1, recipe.consistency_warmup))
+        self.weight.fill_(recipe.consistency_weight * 0.5 * (1 - math.cos(math.pi * warm)))
+        captured = self.capture and x.device.type == "cuda" and len(x) == recipe.batch_size
+        x_hat, fires, consistency = (self.replay if captured else self.update)(x)
 
-        x_hat, values, indices = self.model.autoencode(x)  # [M, B, d_in], two of [M, B, k]
-        fires = count_fires(values, indices, recipe.d_sae)  # [M, d_sae]
-        self.fires += fires
-        losses = self.losses(x, x_hat)  # [M]
-        self.model.zero_grad()
-        losses.sum().backward()  # a member's loss reaches that member's parameters only
-        consistency = 0.0
-        if self.consistent:
-            warm = min(1.0, self.step / max(1, recipe.consistency_warmup))
-            weight = recipe.consistency_weight * 0.5 * (1 - math.cos(math.pi * warm))
-            consistency = add_consistency_gradient(self.model.W, weight)
         if self.step % self.log_every == 0:
+            dead = (self.fires == self.fires_at_look_before).float().mean(1)
+            losses = mse(x, x_hat)
             self.require_finite(losses)
-            quality = (of(x, x_hat.detach()).tolist() for of in (mse, pearson))
-            entry = (self.step, self.learning_rate(), float(consistency), *quality)
+            quality = (values.tolist() for values in (dead, losses, pearson(x, x_hat)))
+            entry = (self.step, float(consistency), self.learning_rates(), *quality)
             for name, value in zip(self.history, entry, strict=True):
                 self.history[name].append(value)
-        for m, part in enumerate(self.parts):
-            for name, view in part.items():
-                view.grad = getattr(self.model, name).grad[m]
-        self.optimizer.step()
         self.step += 1
         if recipe.reinit == "members":
             score = monitor_score(fires / len(x))
             for m in (score > self.monitor_threshold).nonzero()[:, 0].tolist():
                 self.restart_member(m)
-        elif recipe.reinit == "features" and self.step % self.reinit_every == 0:
-            self.reinit_rare_features()
+        if self.step % self.look_every == 0:
+            if recipe.reinit == "features":
+                self.reinit_rare_features()
+            self.fires_at_look_before, self.fires_at_last_look = self.fires_at_last_look, self.fires.clone()
+
+    def update(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The part of a step that never waits for the device.
+
+        Returns reconstructions [M, B, d_in], how often each feature fired [M, d_sae], and
+        the consistency loss, all from before the step.
+        """
+        low = self.precision != torch.float32
+        with torch.autocast(x.device.type, self.precision) if low else contextlib.nullcontext():
+            x_hat, values, indices = self.model.autoencode(x)  # [M, B, d_in], two of [M, B, k]
+        fires = count_fires(values, indices, self.recipe.d_sae)  # [M, d_sae]
+        self.fires += fires
+        losses = self.losses(x, x_hat)  # [M]
+        self.model.zero_grad()
+        self.scaler.scale(losses.sum()).backward()  # a member's loss reaches that member's parameters only
+        for m, part in enumerate(self.parts):
+            for name, view in part.items():
+                view.grad = getattr(self.model, name).grad[m]
+        self.scaler.unscale_(self.optimizer)  # before the consistency loss, whose gradient was never scaled
+        consistency = add_consistency_gradient(self.model.W, self.weight) if self.consistent else torch.zeros(())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return x_hat.detach(), fires, consistency
+
+    def replay(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`update` as a CUDA graph: recorded once, after a few plain steps, then launched as a whole."""
+        if self.plain_steps < 3:  # by then optimizer and scaler hold their state
+            self.plain_steps += 1
+            return self.update(x)
+        if self.graph is None:
+            self.captured_x, graph = x.clone(), torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    self.captured = self.update(self.captured_x)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                print(f"The step cannot be captured ({reason}): training goes on, more slowly.", file=sys.stderr)
+                self.capture = False
+                scaler = torch.amp.GradScaler(x.device.type, enabled=self.scaler.is_enabled())
+                scaler.load_state_dict(self.scaler.state_dict())  # without the half step that was recorded
+                self.scaler = scaler
+                return self.update(x)
+            self.graph = graph
+        self.captured_x.copy_(x)
+        self.graph.replay()
+        return self.captured
 
     def losses(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """What each member minimises, [M], besides the consistency loss."""
@@ -733,7 +886,8 @@ class Trainer:
         if self.recipe.decoder_bias:
             part["b_dec"].copy_(self.x.mean(0))
         for view in part.values():
-            self.optimizer.state.pop(view, None)
+            for tensor in self.optimizer.state.get(view, {}).values():
+                tensor.zero_()  # in place, where a captured step finds them
         self._note_reinit(m, self.recipe.d_sae)
 
     @torch.no_grad()
@@ -744,7 +898,6 @@ class Trainer:
         would pull it away from any new direction of its own: it takes that of the living ones.
         """
         window = self.fires - self.fires_at_last_look
-        self.fires_at_last_look = self.fires.clone()
         if self.step > (1 - self.recipe.decay) * self.total_steps:
             return  # while the learning rate falls, a new feature would not be learnt to the end
         alive = window >= self.rare * window.double().mean(1, keepdim=True)  # [M, d_sae]
@@ -792,7 +945,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(self._new_seed(m))
         x = self.x[torch.randperm(len(self.x), generator=generator)[: max(256, 2 * n)].to(self.x.device)]
         W, b_enc, b_dec = (getattr(self.model, name)[m : m + 1] for name in ("W", "b_enc", "b_dec"))
-        residuals = x - _Autoencode.apply(x, W, b_enc, b_dec, self.recipe.k, self.recipe.relu)[0][0]
+        k = per_member("k", self.recipe.k, self.recipe.n_members)[m]
+        residuals = x - _Autoencode.apply(x, W, b_enc, b_dec, k, self.recipe.relu)[0][0]
         worst = residuals.norm(dim=1).argsort(descending=True)[torch.arange(n, device=x.device) % len(x)]
         directions = F.normalize(residuals, dim=1)
         return (directions[worst] @ directions.T).relu().pow(8) @ residuals
@@ -819,7 +973,7 @@ class Trainer:
         for m in range(1, self.recipe.n_members):
             order, _ = match_features(total, features[m])
             total += features[m, order]
-            for counts in (self.fires, self.fires_at_last_look):
+            for counts in (self.fires, self.fires_at_last_look, self.fires_at_look_before):
                 counts[m] = counts[m, order]
             for name in ("W", "b_enc"):
                 part = self.parts[m][name]
@@ -832,9 +986,10 @@ class Trainer:
         """All that is needed to go on training bit for bit as if it had never stopped."""
         return {
             "recipe": asdict(self.recipe), "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "generator": self.generator.get_state(), "order": self.order.cpu(), "step": self.step,
-            "fires": self.fires, "fires_at_last_look": self.fires_at_last_look, "reinits": self.reinits,
-            "history": self.history,
+            "fires": self.fires, "fires_at_last_look": self.fires_at_last_look,
+            "fires_at_look_before": self.fires_at_look_before, "reinits": self.reinits, "history": self.history,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
@@ -842,17 +997,23 @@ class Trainer:
         state = copy.deepcopy(state)  # training on must not change what was given
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"] = group["lr"].to(self.x.device)
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.graph = None  # it would work on the tensors of before
         self.generator.set_state(state["generator"])
         self.order = state["order"].to(self.x.device)
         self.step = state["step"]
-        self.fires = state["fires"].to(self.x.device)
-        self.fires_at_last_look = state["fires_at_last_look"].to(self.x.device)
+        for name in ("fires", "fires_at_last_look", "fires_at_look_before"):
+            setattr(self, name, state[name].to(self.x.device))
         self.reinits = state["reinits"]
         self.history = state["history"]
 
 
 @torch.no_grad()
-def add_consistency_gradient(W: Tensor, weight: float) -> Tensor:
+def add_consistency_gradient(W: Tensor, weight: float | Tensor) -> Tensor:
     """Add weight · ∇C to W.grad and return C, for members whose features are aligned.
 
     C = mean over pairs of members and over features of 1 - cosine similarity (after Marks
@@ -887,28 +1048,33 @@ def show_images(
     images: Tensor, data: Images, title: str, titles: Sequence[str] = (), columns: int = 10, signed: bool = False
 ) -> Figure:
     """A grid of images [n, d_in]: grey from 0 to 1, or `signed`: 0 is mid-grey, each image on its own scale."""
-    rows = math.ceil(len(images) / columns)
-    height = 0.78 * rows + (0.22 * rows if len(titles) else 0) + 0.45
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(0.78 * columns, height), squeeze=False, layout="constrained", facecolor="white"
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image in zip(axes.flat, images.detach().float().cpu()):
+    rows, (height, width), gap = math.ceil(len(images) / columns), data.shape, 2
+    step_y, step_x = height + (9 if len(titles) else 0) + gap, width + gap  # pixels from one image to the next
+    canvas = np.full((rows * step_y - gap, columns * step_x - gap), np.nan)
+    for i, image in enumerate(images.detach().float().cpu()):
         limit = image.abs().max().clamp_min(1e-8).item() if signed else 1
-        colours = dict(cmap=SIGNED, vmin=-limit, interpolation="nearest") if signed else dict(cmap="gray", vmin=0)
-        axis.imshow(image.view(data.shape).numpy(), vmax=limit, **colours)
-    for axis, text in zip(axes.flat, titles):
-        axis.set_title(text, fontsize=7, pad=2)
-    figure.suptitle(f"{data.name}: {title}", fontsize=10)
+        bottom, left = (i // columns + 1) * step_y - gap, i % columns * step_x
+        canvas[bottom - height : bottom, left : left + width] = image.view(data.shape) / limit
+    scale = 0.78 / step_x  # inches for a pixel
+    figure = plt.figure(figsize=(0.78 * columns, scale * canvas.shape[0] + 0.35), facecolor="white")
+    axis = figure.add_axes((0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    axis.axis("off")
+    colours = dict(cmap=SIGNED, vmin=-1) if signed else dict(cmap="gray", vmin=0)
+    axis.imshow(canvas, vmax=1, interpolation="nearest", **colours)
+    for i, text in enumerate(titles):
+        axis.text(
+            (i % columns + 0.5) * step_x, (i // columns + 1) * step_y - gap - height - 2, text, ha="center", fontsize=7
+        )
+    figure.suptitle(f"{data.name}: {title}", fontsize=10, y=1 - 0.06 / figure.get_figheight(), va="top")
     return figure
 
 
 def plot_reconstructions(model: TopKSAE, data: Images) -> Figure:
     """Test images above member 0's reconstructions: the best, median and worst four by Pearson."""
     x = data.test.to(model.W.device)
+    first = (model.W[:1], model.b_enc[:1], model.b_dec[:1], per_member("k", model.k, model.n_members)[0], model.relu)
     with torch.no_grad():
-        x_hat = torch.cat([model.decode(*model.encode(part))[0] for part in x.split(1000)])
+        x_hat = torch.cat([_Autoencode.apply(part, *first)[0][0] for part in x.split(1000)])
     scores = pearson(x[:, None], x_hat[:, None])
     ranked, middle = scores.argsort(descending=True), len(x) // 2
     chosen = torch.cat([ranked[:4], ranked[middle - 2 : middle + 2], ranked[-4:]])
@@ -950,6 +1116,34 @@ def plot_features(model: TopKSAE, activity: Tensor, data: Images, n: int = 80) -
         f"{len(chosen)} of {model.d_sae:,} features, most used first; light adds ink, dark removes it; {dead:.1%} dead",
         columns=20, signed=True,
     )  # fmt: skip
+
+
+def plot_run(trainer: Trainer, data: Images, epochs: Sequence[dict], activity: Tensor) -> dict[str, Figure]:
+    """The three pictures of a run by name; `epochs` and `activity` come from `report`. The caller closes them."""
+    return {
+        "reconstructions": plot_reconstructions(trainer.model, data),
+        "training_metrics": plot_training(trainer.history, data, epochs),
+        "sae_features": plot_features(trainer.model, activity, data),
+    }
+
+
+def log_epoch(run, trainer: Trainer, entry: dict, figures: dict[str, Figure]) -> None:
+    """Log an epoch to a Weights & Biases run: training every `log_every` steps, the entry of `report`, pictures.
+
+    Numbers are means over the members. Training has a matched cosine where a consistency loss
+    keeps the members aligned; the test images have it always.
+    """
+    from wandb import Image
+
+    history = trainer.history
+    for i, step in enumerate(history["step"]):
+        if step >= entry["step"] - trainer.steps_per_epoch:
+            values = {f"train/{name}": float(np.mean(values[i])) for name, values in history.items()}
+            if trainer.consistent:
+                values["train/matched_cosine"] = 1 - history["consistency"][i]
+            run.log(values, step=step)
+    evaluated = {f"test/{name}": float(np.mean(value)) for name, value in entry["test"].items() if value is not None}
+    run.log(evaluated | {name: Image(figure) for name, figure in figures.items()}, step=entry["step"])
 
 
 def show(figure: Figure, data: Images) -> None:

@@ -8,21 +8,17 @@ Each part prints a line for each run and replaces its part of
 benchmarks/results/dead_features.json; notebook 04 shows that file.
 """
 
-import json
-import platform
 import sys
 import time
 from dataclasses import replace
-from datetime import date
-from pathlib import Path
 from statistics import mean
 
 import torch
 import torch.nn.functional as F
+from common import main
 
 import sae_helpers as sae
 
-RESULTS = Path(__file__).parent / "results" / "dead_features.json"
 SEEDS = (0, 1, 2)
 NOTHING = replace(sae.RECIPES["reference"], n_members=1, reinit="none")
 IMPROVED = replace(sae.RECIPES["improved"], n_members=1)
@@ -93,8 +89,8 @@ class ShortRows(sae.Trainer):
 class WarmUp(sae.Trainer):
     """The learning rate rises over the first 300 steps."""
 
-    def learning_rate(self):
-        return super().learning_rate() * min(1.0, (self.step + 1) / 300)
+    def learning_rates(self):
+        return [rate * min(1.0, (self.step + 1) / 300) for rate in super().learning_rates()]
 
 
 class AuxK(sae.Trainer):
@@ -247,24 +243,5 @@ PARTS = {
 }
 
 
-def main(names):
-    if unknown := [name for name in names if name not in PARTS]:
-        sys.exit(f"{unknown[0]!r} is not a part: choose among {', '.join(PARTS)}")
-    data = sae.load_mnist()
-    for name in names or PARTS:
-        part = {
-            "command": f"python benchmarks/dead_features.py {name}",
-            "date": date.today().isoformat(),
-            "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
-            "torch": torch.__version__,
-            "data": data.name,
-            "results": PARTS[name](data),
-        }
-        # Read anew: another process may have written another part meanwhile.
-        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        text = json.dumps({**stored, name: part}, indent=1) + "\n"
-        sae.write_atomically(RESULTS, lambda path, text=text: path.write_text(text))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main("dead_features", PARTS, sys.argv[1:])

@@ -114,7 +114,7 @@ def test_restarted_member_starts_anew_and_the_others_go_on():
     adam = torch.optim.Adam(fresh.parameters())
     first = sae.mse(one.x, one.model(one.x))[1].item()
     for _ in range(9):
-        adam.param_groups[0]["lr"] = one.learning_rate()
+        adam.param_groups[0]["lr"] = one.learning_rates()[0]
         one.train_step()
         plain.train_step()
         position = (one.step - 1) % one.steps_per_epoch
@@ -200,7 +200,7 @@ def test_reinitialised_features_take_no_longer_steps_than_the_others():
         before = one.model.W[1].detach().clone()
         one.train_step()
         longest = longest.maximum((one.model.W[1].detach() - before).abs().mean(1))
-    assert longest[RARE].max() < 2 * longest.max() and longest[RARE].max() < 2 * one.learning_rate()
+    assert longest[RARE].max() < 2 * longest.max() and longest[RARE].max() < 2 * one.learning_rates()[0]
 
 
 def test_features_can_start_anew_before_the_first_step():
@@ -220,7 +220,7 @@ def test_many_features_at_once_start_in_different_directions(n):
 
 def test_training_reinitialises_rare_features_through_one_argument():
     one = trainer(double=True, reinit="features", epochs=10, decay=0.5)
-    one.reinit_every = 5
+    one.look_every = 5
     with torch.no_grad():
         one.model.b_enc[2, RARE] = -100  # dead from the start
     for _ in range(5):
@@ -279,14 +279,14 @@ def test_all_features_at_once_are_an_error():
 
 def test_no_feature_starts_anew_while_the_learning_rate_falls():
     one = trainer(reinit="features", epochs=10, decay=0.5)  # 40 steps
-    one.reinit_every, one.rare = 5, 1.0  # some features always fire less than the mean
+    one.look_every, one.rare = 5, 1.0  # some features always fire less than the mean
     one.run(progress=False)
     assert [step for step, _ in one.reinits] == [5, 10, 15, 20]
 
 
 def test_a_window_in_which_no_feature_is_rare_changes_nothing():
     watched, plain = (trainer(reinit=reinit, epochs=10) for reinit in ("features", "none"))
-    watched.reinit_every, watched.rare = 5, 0.0
+    watched.look_every, watched.rare = 5, 0.0
     for one in (watched, plain):
         one.run(progress=False)
     assert_identical(watched, plain)

@@ -323,7 +323,7 @@ def test_without_decoder_bias_it_stays_zero():
 def test_stopped_and_resumed_is_as_if_never_stopped(stop, reinit):
     def begun():
         one = trainer(consistency_weight=0.01, consistency_warmup=3, seed=5, reinit=reinit)
-        one.log_every, one.reinit_every, one.rare, one.monitor_threshold = 3, 4, 1.0, 3.0
+        one.log_every, one.look_every, one.rare, one.monitor_threshold = 3, 4, 1.0, 3.0
         return one
 
     whole = begun().run(progress=False)
@@ -358,7 +358,7 @@ def rates(**changes):
     result = []
     for step in range(one.total_steps):
         one.step = step
-        result.append(one.learning_rate())
+        result.append(one.learning_rates()[0])
     return result
 
 
@@ -378,7 +378,7 @@ def test_learning_rate_can_fall_from_the_start():
 
 def test_optimizer_takes_the_steps_learning_rate():
     one = trainer(steps=12)
-    expected = one.learning_rate()
+    expected = one.learning_rates()[0]
     one.train_step()
     assert one.optimizer.param_groups[0]["lr"] == expected < SMALL.learning_rate
 
