@@ -3,19 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: train test lab notebooks lint colab
+.PHONY: train test lab notebooks bench lint colab
 train: $(READY)
 	$(BIN)/python mnist_sae_train.py
 
 test: lint
 	$(BIN)/pytest tests --cov --cov-fail-under=95
-	$(BIN)/pytest --nbmake notebooks
+	WANDB_MODE=disabled $(BIN)/pytest --nbmake notebooks
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
 
 notebooks: $(READY)
 	$(BIN)/python tools/notebooks.py run
+
+bench: $(READY)
+	$(BIN)/python benchmarks/training.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

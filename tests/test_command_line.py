@@ -563,13 +563,17 @@ def test_wandb_holds_the_settings(logged):
     assert expected.items() <= config.items()
 
 
-@pytest.mark.parametrize("name", ["mse", "pearson", "learning_rate", "consistency"])
+@pytest.mark.parametrize("name", ["mse", "pearson", "learning_rate", "consistency", "matched_cosine", "dead_fraction"])
 def test_wandb_holds_the_training(logged, name):
     # 17 steps an epoch, every tenth of them.
     logged_values = history(logged, f"train/{name}")
     assert list(logged_values) == [0, 10, 20, 30]
     if name == "mse":
         assert 0 < logged_values[20] < logged_values[0] < 1
+    if name in ("matched_cosine", "dead_fraction"):
+        assert all(0 <= value <= 1 for value in logged_values.values())
+    if name == "matched_cosine":
+        assert logged_values == {s: pytest.approx(1 - c) for s, c in history(logged, "train/consistency").items()}
     if name == "learning_rate":
         assert logged_values[0] == 2e-3 and 0 < logged_values[30] < 2e-3
 
@@ -583,9 +587,13 @@ def test_wandb_holds_the_evaluation_of_each_epoch(logged, name):
 
 @pytest.mark.parametrize("name", ["reconstructions", "training_metrics", "sae_features"])
 def test_wandb_holds_the_pictures(logged, name):
-    ((_, path),) = history(logged, f"{name}/path").items()
-    (copy,) = (logged[0] / "wandb").glob(f"offline-run-*/files/{path}")
-    assert copy.read_bytes() == (logged[0] / f"{name}.png").read_bytes()
+    paths = history(logged, f"{name}/path")
+    assert list(paths) == [17, 34]  # the end of each epoch
+    contents = []
+    for path in paths.values():
+        (copy,) = (logged[0] / "wandb").glob(f"offline-run-*/files/{path}")
+        contents.append(copy.read_bytes())
+    assert all(content.startswith(b"\x89PNG") for content in contents) and contents[0] != contents[1]
 
 
 def test_wandb_holds_the_checkpoint(logged):

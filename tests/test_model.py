@@ -192,6 +192,29 @@ def test_gradient_is_that_of_finite_differences(relu, bias):
 
 
 @every_kind
+def test_members_may_keep_different_numbers_of_features(relu, bias):
+    ks = (2, 7, 4)
+    together, x, target = make(relu=relu, bias=bias, k=ks), draw(B, D_IN), draw(3, B, D_IN, seed=1)
+    values, indices = together.encode(x)
+    assert values.shape == indices.shape == (3, B, 7)
+    x_hat = together(x)
+    assert_close(x_hat, together.decode(values, indices), **EXACT)
+    grads = gradients(together, x_hat, target)
+    for m, (seed, k) in enumerate(zip(SEEDS, ks)):
+        alone = make((seed,), relu, bias, k=k)
+        assert not values[m, :, k:].any()
+        assert_close(alone(x)[0], x_hat[m], **EXACT)
+        for name, expected in gradients(alone, alone(x), target[m : m + 1]).items():
+            assert_close(grads[name][m], expected[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("ks", [(1, 2), (1, 2, 3, 4)])
+def test_number_of_ks_that_is_not_that_of_members_is_named(ks):
+    with one_line_error("k has", len(ks), "3 members"):
+        make(k=ks)
+
+
+@every_kind
 def test_ensemble_equals_separate_members(relu, bias):
     together, x, target = make(relu=relu, bias=bias), draw(B, D_IN), draw(3, B, D_IN, seed=1)
     x_hat = together(x)
@@ -232,6 +255,42 @@ def test_scattered_rows_are_the_dense_product():
     assert_close(sae._scatter_rows(indices, weights, rows, D_SAE), dense(indices, weights).mT @ rows, **EXACT)
 
 
+def test_products_with_rows_are_those_of_the_dense_product():
+    indices, _ = sparse_code()
+    rows, g = draw(2, D_SAE, D_IN, seed=1), draw(2, B, D_IN, seed=2)
+    assert_close(sae._row_products(indices, g, rows), (g @ rows.mT).gather(-1, indices), **EXACT)
+
+
+@every_kind
+@pytest.mark.parametrize("k", [K, (2, 7, 4)], ids=["one k", "three"])
+def test_dense_path_of_a_gpu_is_the_sparse_one(relu, bias, k, monkeypatch):
+    model, x, target = make(relu=relu, bias=bias, k=k), draw(B, D_IN), draw(3, B, D_IN, seed=1)
+    x_hat = model(x)
+    expected = {name: grad.clone() for name, grad in gradients(model, x_hat, target).items()}
+    monkeypatch.setattr(sae, "_dense_is_faster", lambda rows: True)
+    assert_close(model(x), x_hat, **EXACT)
+    for name, grad in gradients(model, model(x), target).items():
+        assert_close(grad, expected[name], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+def test_autocast_reaches_forward_and_backward(dense, monkeypatch):
+    monkeypatch.setattr(sae, "_dense_is_faster", lambda rows: dense)
+    model = make().float()
+    with torch.no_grad():
+        model.b_enc += 20 * torch.arange(D_SAE)  # so far apart that rounding changes no choice of features
+    x, target = draw(B, D_IN).float(), draw(3, B, D_IN, seed=1).float()
+    exact = gradients(model, model(x), target)
+    with torch.autocast("cpu", torch.bfloat16):
+        x_hat, values, _ = model.autoencode(x)
+    assert values.dtype == torch.bfloat16 and x_hat.dtype == torch.float32
+    for name, grad in gradients(model, x_hat, target).items():
+        assert grad.dtype == torch.float32
+        error = (grad - exact[name]).norm() / exact[name].norm()
+        assert error < 0.02, name  # bfloat16 has 8 bits
+        assert error > 1e-6 or name == "b_dec" or not dense, name  # else nothing was cast
+
+
 @pytest.mark.parametrize("n_repeats", [1, 2], ids=["once", "twice"])
 def test_dense_code_is_the_sparse_one(n_repeats):
     # decode takes any number of features; one that comes twice (padding, say) counts twice on every device.
@@ -270,6 +329,11 @@ def test_what_is_saved_is_loaded(saved):
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     x = draw(B, D_IN).float()
     assert torch.equal(loaded(x), model(x))
+
+
+def test_different_ks_are_remembered(tmp_path):
+    make(k=(2, 7, 4)).save(tmp_path / "sae.safetensors", data="letters", recipe="improved")
+    assert sae.TopKSAE.load(tmp_path / "sae.safetensors").k == (2, 7, 4)
 
 
 def test_checkpoint_holds_what_is_promised_to_other_readers(saved):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
+import dead_features
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PROJECT, one_line_error
+from conftest import one_line_error
 from test_training import D_IN, D_SAE, EXACT, K, N, assert_identical, moments_of, parameters, trainer, twin
 from torch.testing import assert_close
 
@@ -304,11 +303,8 @@ def test_alignment_moves_the_counts_of_the_window_too():
 
 
 def auxk(recipe_changes):
-    spec = importlib.util.spec_from_file_location("dead_features", PROJECT / "benchmarks" / "dead_features.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     plain = trainer(double=True, steps=4, **recipe_changes)
-    return module.AuxK(plain.recipe, plain.x)
+    return dead_features.AuxK(plain.recipe, plain.x)
 
 
 def test_auxiliary_loss_reaches_dead_features_and_no_others():

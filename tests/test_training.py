@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+import training
 from conftest import one_line_error
 from torch.testing import assert_close
 
@@ -295,6 +296,19 @@ def test_history_is_measured_before_every_tenth_step():
     assert_close(torch.tensor(one.history["pearson"][1]), sae.pearson(x, model(x)).detach())
 
 
+def test_dead_features_are_those_silent_since_the_look_before_the_last():
+    one, fires = trainer(epochs=6, k=1), []
+    one.look_every = 4
+    for _ in range(21):
+        one.train_step()
+        fires.append(one.fires.clone())
+    # Entries of the steps 0, 10, 20, each with its batch; looks after 4, 8, 12, 16 and 20 steps.
+    for entry, (first, last) in zip(one.history["dead_fraction"], ((None, 0), (3, 10), (15, 20))):
+        window = fires[last] - (fires[first] if first is not None else 0)
+        assert entry == pytest.approx((window == 0).double().mean(1).tolist())
+    assert any(0 < share < 1 for share in one.history["dead_fraction"][2])
+
+
 def twin_order(one, step):
     """The images of a step, from the generator's seed alone."""
     generator = torch.Generator().manual_seed(one.recipe.seed)
@@ -383,6 +397,118 @@ def test_optimizer_takes_the_steps_learning_rate():
     assert one.optimizer.param_groups[0]["lr"] == expected < SMALL.learning_rate
 
 
+@pytest.mark.parametrize("changes", [{"learning_rate": (1e-3, 5e-3, 1e-2)}, {"k": (2, 5, 9)}], ids=["rate", "k"])
+def test_members_with_their_own_settings_train_like_separate_ones(changes):
+    together = trainer(double=True, **changes)
+    start = parameters(together)["W"]
+    for _ in range(10):
+        together.train_step()
+    for m in range(3):
+        alone = trainer(double=True, n_members=1, **{name: values[m] for name, values in changes.items()})
+        with torch.no_grad():
+            alone.model.W[0] = start[m]
+        for _ in range(10):
+            alone.train_step()
+        assert_close(alone.model.W[0], together.model.W[m], rtol=0, atol=1e-10)
+    assert together.history["learning_rate"][0] == list(sae.per_member("", together.recipe.learning_rate, 3))
+
+
+def test_members_with_their_own_k_start_rare_features_anew():
+    one = trainer(k=(2, 5, 9), reinit="features")
+    one.look_every, one.rare = 5, 1.0
+    for _ in range(5):
+        one.train_step()
+    assert all(one.reinits[0][1])
+
+
+# Precision
+
+
+def test_bfloat16_trains_like_float32_up_to_rounding():
+    runs = {name: trainer(steps=12, precision=name) for name in ("float32", "bfloat16", "auto")}
+    assert_identical(runs["auto"], runs["float32"])  # on a CPU
+    low, full = runs["bfloat16"], runs["float32"]
+    assert not low.scaler.is_enabled()
+    assert low.model.W.dtype == low.model.W.grad.dtype == torch.float32
+    assert all(state["exp_avg"].dtype == torch.float32 for state in low.optimizer.state.values())
+    assert (low.model.W != full.model.W).any()
+    for a, b in zip(low.history["mse"][-1], full.history["mse"][-1]):
+        assert a == pytest.approx(b, rel=0.05)
+
+
+def test_bfloat16_is_the_precision_of_the_products(monkeypatch):
+    seen = []
+    original = sae._encode
+    monkeypatch.setattr(sae, "_encode", lambda *given: (seen.append(original(*given)), seen[-1])[1])
+    trainer(steps=1, precision="bfloat16")
+    trainer(steps=1)
+    assert [values.dtype for values, _ in seen] == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize(
+    "precision, device", [("float16", "cpu"), ("float16", "mps"), ("bfloat16", "mps")], ids=lambda value: value
+)
+def test_precision_that_a_device_does_not_train_in_is_named(precision, device):
+    with one_line_error(precision, device, "choose auto or float32"):
+        sae.pick_precision(precision, torch.device(device))
+
+
+def test_precision_of_each_device():
+    auto = {device: sae.pick_precision("auto", torch.device(device)) for device in ("cpu", "cuda", "mps")}
+    assert auto == {"cpu": torch.float32, "cuda": torch.float16, "mps": torch.float32}
+
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def cuda_run(steps=16, capture=True, **changes):
+    changes = {"precision": "float32", "consistency_weight": 0.1, "reinit": "features", **changes}
+    one = sae.Trainer(replace(SMALL, **changes), draw(N, D_IN).float(), "cuda")
+    one.capture, one.look_every, one.rare = capture, 5, 1.0
+    for _ in range(steps):
+        one.train_step()
+    return one
+
+
+@on_cuda
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_captured_step_is_the_plain_one(precision):
+    captured, plain = (cuda_run(capture=capture, precision=precision) for capture in (True, False))
+    assert captured.graph is not None and plain.graph is None
+    assert captured.reinits and captured.reinits == plain.reinits
+    assert_close(captured.model.W, plain.model.W, rtol=0, atol=1e-4)
+    assert_close(torch.tensor(captured.history["mse"]), torch.tensor(plain.history["mse"]), rtol=1e-3, atol=0)
+
+
+@on_cuda
+def test_float16_uses_a_scaler_and_trains():
+    low, full = cuda_run(precision="auto"), cuda_run()
+    assert low.precision == torch.float16 and low.scaler.is_enabled() and not full.scaler.is_enabled()
+    for a, b in zip(low.history["mse"][-1], full.history["mse"][-1]):
+        assert a == pytest.approx(b, rel=0.05)
+
+
+@on_cuda
+def test_stopped_and_resumed_on_cuda():
+    whole, stopped = cuda_run(precision="float16"), cuda_run(steps=9, precision="float16")
+    resumed = cuda_run(steps=0, precision="float16")
+    resumed.load_state_dict(through_a_file(stopped.state_dict()))
+    while resumed.step < whole.step:
+        resumed.train_step()
+    assert_close(resumed.model.W, whole.model.W, rtol=0, atol=1e-3)
+
+
+@on_cuda
+def test_step_that_cannot_be_captured_goes_on_without(capsys):
+    class Asks(sae.Trainer):
+        def losses(self, x, x_hat):
+            assert super().losses(x, x_hat).sum().item() > 0  # waits for the device
+            return super().losses(x, x_hat)
+
+    one = Asks(replace(SMALL, precision="float16"), draw(N, D_IN).float(), "cuda").run(progress=False)
+    assert one.graph is None and "cannot be captured" in capsys.readouterr().err
+
+
 # Settings
 
 
@@ -392,6 +518,11 @@ def test_optimizer_takes_the_steps_learning_rate():
         *((field, value) for field in ("d_sae", "k", "n_members", "epochs", "batch_size") for value in (0, -3)),
         ("match_every", 0),
         ("reinit", "both"),
+        ("precision", "float8"),
+        ("learning_rate", (1e-3, -0.5, 1e-3)),
+        ("learning_rate", (1e-3, 1e-3)),
+        ("k", (3, 0, 3)),
+        ("k", (3, 3)),
         *(("learning_rate", value) for value in (0.0, -0.5, math.nan, math.inf)),
         *(("consistency_weight", value) for value in (-0.5, math.nan, math.inf)),
         *(("decay", value) for value in (-0.5, 1.5, math.nan)),
@@ -400,7 +531,7 @@ def test_optimizer_takes_the_steps_learning_rate():
     ],
 )
 def test_setting_that_makes_no_sense_is_named(field, value):
-    with one_line_error(field, value):
+    with one_line_error(field, *([] if isinstance(value, tuple) else [value])):
         replace(SMALL, **{field: value})
 
 
@@ -437,3 +568,36 @@ def test_unknown_device_is_named():
 def test_missing_cuda_is_named():
     with one_line_error("'cuda'", "choose auto", "cpu"):
         sae.pick_device("cuda")
+
+
+# What the benchmark compares with
+
+
+def test_separate_modules_of_the_benchmark_do_what_ours_do():
+    recipe = replace(SMALL, decoder_bias=False, decay=0)
+    x = draw(N, D_IN).float()
+    separate, ours = training.Separate(recipe, x), sae.Trainer(recipe, x)
+    for _ in range(5):
+        separate.train_step()
+        ours.train_step()
+    for encoder, W in zip(separate.members, ours.model.W):
+        assert_close(encoder.weight, W, rtol=0, atol=1e-4)
+
+
+def test_reference_loop_of_the_benchmark_has_one_consistency_loss():
+    # Copies of one member match themselves, so exact and rare matching are the same.
+    recipe = replace(SMALL, decoder_bias=False, decay=0, consistency_weight=0.5, consistency_warmup=1)
+    x, noise = draw(N, D_IN).float(), 0.05 * draw(3, D_SAE, D_IN, seed=3).float()
+    starts = sae.initial_weights(D_SAE, D_IN, 0) + noise
+    reference, ours = training.Reference(recipe, x, starts), sae.Trainer(recipe, x)
+    with torch.no_grad():
+        ours.model.W.copy_(starts)
+    for _ in range(3):
+        reference.train_step()
+        ours.train_step()
+    without = training.Separate(recipe, x, starts)
+    for _ in range(3):
+        without.train_step()
+    for encoder, plain, W in zip(reference.members, without.members, ours.model.W):
+        assert_close(encoder.weight, W, rtol=0, atol=1e-4)
+        assert (plain.weight - W).abs().max() > 1e-3  # the loss does something here
