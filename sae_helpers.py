@@ -1070,8 +1070,8 @@ def show_images(
 
 
 def plot_reconstructions(model: TopKSAE, data: Images) -> Figure:
-    """Test images above member 0's reconstructions: the best, median and worst four by Pearson."""
-    x = data.test.to(model.W.device)
+    """Test images above member 0's reconstructions: the best, median and worst four by Pearson of the first 2,000."""
+    x = data.test[:2000].to(model.W.device)  # so few, because the picture is logged after each epoch
     first = (model.W[:1], model.b_enc[:1], model.b_dec[:1], per_member("k", model.k, model.n_members)[0], model.relu)
     with torch.no_grad():
         x_hat = torch.cat([_Autoencode.apply(part, *first)[0][0] for part in x.split(1000)])
@@ -1081,7 +1081,8 @@ def plot_reconstructions(model: TopKSAE, data: Images) -> Figure:
     titles = [f"digit {data.test_labels[i]}" for i in chosen.tolist()] + [f"{r:.3f}" for r in scores[chosen].tolist()]
     return show_images(
         torch.cat([x[chosen], x_hat[chosen]]), data,
-        "test images (above) and reconstructions with their Pearson: best, median, worst four", titles, columns=12,
+        f"best, median, worst four of {len(x):,} test images; below, reconstructions with their Pearson", titles,
+        columns=12,
     )  # fmt: skip
 
 
@@ -1090,7 +1091,8 @@ def plot_training(history: dict[str, list], data: Images, epochs: Sequence[dict]
 
     `epochs` has for each epoch its last `step` and, under `test`, `mse` and `pearson` per member.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", facecolor="white")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), facecolor="white")
+    figure.subplots_adjust(left=0.07, right=0.99, bottom=0.15, top=0.91, wspace=0.2)  # a layout engine takes longer
     for axis, name, label in zip(axes, ("mse", "pearson"), ("MSE (per pixel)", "Pearson correlation")):
         axis.plot(history["step"], history[name], color="tab:blue", alpha=0.5, linewidth=0.8)
         axis.plot([], [], color="tab:blue", label="training batches, a line per member")
@@ -1148,7 +1150,7 @@ def log_epoch(run, trainer: Trainer, entry: dict, figures: dict[str, Figure]) ->
 
 def show(figure: Figure, data: Images) -> None:
     """Show a figure of a notebook, with the name of the data in its corner."""
-    figure.text(0.995, 0.005, data.name, ha="right", va="bottom", fontsize=7, color="dimgray")
+    figure.supxlabel(data.name, x=0.995, ha="right", fontsize=7, color="dimgray")  # the layout keeps room for it
     plt.show()
 
 
