@@ -195,7 +195,9 @@ def read_state(out: Path) -> dict:
         if not path.exists():
             raise sae.SAEError(f"{path} does not exist: there is no interrupted run to resume in {out}")
         state = torch.load(path, weights_only=True)
-        sae.Recipe(**state["trainer"]["recipe"])  # a state of another version may hold other settings
+        # A state of another version may hold other settings, or miss some.
+        sae.Recipe(**state["trainer"]["recipe"])
+        _ = state["trainer"]["scaler"], state["trainer"]["fires_at_look_before"]
         return {name: state[name] for name in ("trainer", "epochs", "seconds", "data")}
     except sae.SAEError:
         raise

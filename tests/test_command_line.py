@@ -426,10 +426,14 @@ def test_damaged_state_is_named_in_one_line(capsys, letters, interrupted, conten
     assert_refused(capsys, ["--data", letters, "--resume", "--out", interrupted], path, "start a new run")
 
 
-def test_state_of_another_version_is_named_in_one_line(capsys, letters, interrupted):
+@pytest.mark.parametrize("version", ["later", "earlier"])
+def test_state_of_another_version_is_named_in_one_line(capsys, letters, interrupted, version):
     path = interrupted / "training_state.pt"
     state = torch.load(path, weights_only=True)
-    state["trainer"]["recipe"]["a_setting_of_tomorrow"] = 1
+    if version == "later":
+        state["trainer"]["recipe"]["a_setting_of_tomorrow"] = 1
+    else:
+        del state["trainer"]["scaler"]
     torch.save(state, path)
     assert_refused(capsys, ["--data", letters, "--resume", "--out", interrupted], path, "start a new run")
 
