@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import urllib.parse
 from dataclasses import fields, replace
@@ -158,9 +161,12 @@ def train(args) -> None:
         if not last:
             saved = {"trainer": trainer.state_dict(), "epochs": epochs, "seconds": seconds, "data": fingerprint}
             sae.write_atomically(out / STATE, lambda path: torch.save(saved, path))
+            if interrupted.is_set():
+                raise KeyboardInterrupt
         began = time.perf_counter()
 
-    trainer.run(progress=True, after_epoch=after_epoch)
+    with remembered_interrupt() as interrupted:
+        trainer.run(progress=True, after_epoch=after_epoch)
     if run:
         finish_wandb(run, out)
     (out / STATE).unlink(missing_ok=True)
@@ -173,6 +179,25 @@ def train(args) -> None:
         + (f", matched cosine {test['matched_cosine']:.3f}" if recipe.n_members > 1 else "")
         + f"; {seconds:.0f} s of training; results in {out}"
     )
+
+
+@contextlib.contextmanager
+def remembered_interrupt():
+    """Note that ^C was pressed: Python drops a KeyboardInterrupt that is raised within a destructor or callback."""
+    pressed = threading.Event()
+
+    def handle(number, frame):
+        pressed.set()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def prepare(out: Path) -> None:

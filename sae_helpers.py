@@ -539,14 +539,16 @@ def report(trainer: Trainer, data: Images) -> tuple[dict, Tensor]:
     Raises SAEError where training has diverged.
     """
     x_test, mean = data.test.to(trainer.x.device), trainer.x.mean(0)
-    features = trainer.model.features()
-    cosine = matched_cosine(features) if len(features) > 1 else None
     entry = {"epoch": trainer.epoch, "step": trainer.step}
     for part, x in (("train", trainer.x[: len(x_test)]), ("test", x_test)):
         quality = evaluate(trainer.model, x, mean)
         trainer.require_finite(quality["mse"])
         names = ("mse", "pearson", "explained_variance", "dead_fraction")
-        entry[part] = {name: quality[name].tolist() for name in names} | {"matched_cosine": cosine}
+        entry[part] = {name: quality[name].tolist() for name in names}
+    features = trainer.model.features()
+    cosine = matched_cosine(features) if len(features) > 1 else None  # JSON has no nan, which one member would give
+    for part in ("train", "test"):
+        entry[part]["matched_cosine"] = cosine
     return entry, quality["activity"]
 
 

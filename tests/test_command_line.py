@@ -386,6 +386,28 @@ def test_keyboard_interrupt_ends_with_status_130_and_can_be_resumed(letters, tmp
     assert_as_if_uninterrupted(tmp_path / "out", uninterrupted)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupt_that_python_drops_stops_at_the_end_of_the_epoch(capsys, letters, tmp_path, monkeypatch):
+    class Dropped:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    original, steps = sae.Trainer.train_step, []
+
+    def train_step(trainer):
+        steps.append(trainer.step)
+        if trainer.step == 1:
+            Dropped()
+        original(trainer)
+
+    monkeypatch.setattr(sae.Trainer, "train_step", train_step)
+    arguments = ["--data", letters, *TINY, "--out", tmp_path / "out"]
+    assert mnist_sae_train.main([str(argument) for argument in arguments]) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert steps == [0, 1, 2, 3] and (tmp_path / "out" / "training_state.pt").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize(
     "option, given, had",
     [
