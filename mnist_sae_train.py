@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import signal
@@ -149,14 +148,13 @@ def train(args) -> None:
         epochs.append(entry)
         last = trainer.step == trainer.total_steps
         if last:
-            write_results(out, trainer, data, epochs, seconds)
+            sae.save_run(trainer, data, epochs, seconds, out)
         if run or last:
             figures = sae.plot_run(trainer, data, epochs, activity)
             if run:
                 sae.log_epoch(run, trainer, entry, figures)
             if last:
-                for name, figure in figures.items():
-                    sae.write_atomically(out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, dpi=90))
+                sae.save_pictures(figures, out)
             plt.close("all")
         if not last:
             saved = {"trainer": trainer.state_dict(), "epochs": epochs, "seconds": seconds, "data": fingerprint}
@@ -239,25 +237,6 @@ def resumed_recipe(args, state: dict) -> sae.Recipe:
         if given not in (None, had):
             raise sae.SAEError(f"--{option} {given} differs from the interrupted run's {had}: leave it out")
     return recipe
-
-
-def write_results(out, trainer, data, epochs, seconds) -> None:
-    """Checkpoint and metrics, each whole or not there."""
-    recipe = trainer.recipe
-    trainer.model.save(out / "sae.safetensors", data=data.name, recipe=recipe.name)
-    metrics = {
-        "data": data.name,
-        "recipe": {field.name: getattr(recipe, field.name) for field in fields(recipe)},
-        "epochs": epochs,
-        "final": {part: epochs[-1][part] for part in ("train", "test")},
-        "reinitialised_features": [sum(counts[m] for _, counts in trainer.reinits) for m in range(recipe.n_members)],
-        "train_images_evaluated": min(len(data.train), len(data.test)),
-        "seconds": seconds,
-        "device": trainer.x.device.type if trainer.x.device.type != "cuda" else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "seed": recipe.seed,
-    }
-    sae.write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
 
 
 def check_wandb(mode: str) -> None:
