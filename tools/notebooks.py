@@ -4,13 +4,17 @@ python tools/notebooks.py run [NOTEBOOK ...]     run from a fresh kernel and sto
 python tools/notebooks.py colab OWNER/NAME       stamp the repository's address into every notebook
 """
 
+import base64
+import io
 import json
 import re
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
+from PIL import Image
 
 from sae_helpers import write_atomically
 
@@ -33,6 +37,9 @@ def run(paths: list[Path]) -> None:
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs = [output for output in cell.outputs if not is_debris(output)]
+                for output in cell.outputs:
+                    if "image/png" in output.get("data", {}):
+                        output.data["image/png"] = lean(output.data["image/png"])
         write_atomically(path, lambda temporary, notebook=notebook: nbformat.write(notebook, temporary))
 
 
@@ -43,6 +50,17 @@ def is_debris(output) -> bool:
             return True
         sys.exit(f"a notebook wrote to stderr, which a reader would see as a warning: {output.text}")
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
+def lean(picture: str) -> str:
+    """A PNG, in base64, with a palette where nobody would see the difference: a third of the size."""
+    image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
+    few = image.quantize(256, dither=Image.Dither.NONE)
+    if np.abs(np.asarray(image, int) - np.asarray(few.convert("RGB"), int)).max() > 3:
+        return picture
+    file = io.BytesIO()
+    few.save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def badge(repo: str, name: str) -> str:
