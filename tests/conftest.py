@@ -30,7 +30,7 @@ REAL_MNIST = Path(os.environ.get("MNIST_ROOT") or PROJECT / "data").expanduser()
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: a full training on the real MNIST, about a minute")
+    config.addinivalue_line("markers", "slow: a full training on the real MNIST, or a notebook in a browser: minutes")
 
 
 def idx(array: np.ndarray) -> bytes:
