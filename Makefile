@@ -4,8 +4,10 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .PHONY: train test lab notebooks bench lint colab
+# The README shows the pictures of the last run on MNIST itself.
 train: $(READY)
-	$(BIN)/python mnist_sae_train.py
+	@out=runs/$$(date +%Y-%m-%d_%H-%M-%S); $(BIN)/python mnist_sae_train.py --out $$out && \
+		if grep -q '"data": "MNIST"' $$out/metrics.json; then cp $$out/*.png visualizations/; fi
 
 test: lint
 	$(BIN)/pytest tests --cov --cov-fail-under=95
