@@ -156,6 +156,34 @@ def test_alignment_moves_features_with_their_moments():
                 assert torch.equal(moments_of(one, m)[name, key], moments[m][name, key][order])
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_weights_of_a_row_share_their_second_moment_where_asked_for(shared):
+    one, plain = trainer(double=True, steps=10, row_moments=shared), trainer(double=True, steps=10)
+    for steps in (1, 4):  # after step 0 and after step 10, the moments of all rows are shared; then they part
+        for _ in range(steps):
+            one.train_step(), plain.train_step()
+        for part in one.parts:
+            v = one.optimizer.state[part["W"]]["exp_avg_sq"]
+            within = v.std(1) / v.mean(1)  # of a row
+            assert (within < 1e-12).all() == (shared and steps == 1)
+            assert not shared or (within < 0.2).all()
+            assert v.mean(1).std() > 0.01 * v.mean()  # each row has its own
+    assert shared == (one.model.W != plain.model.W).any()
+    assert torch.equal(one.optimizer.state[one.parts[0]["b_enc"]]["step"], torch.tensor(15.0))
+
+
+def test_sharing_keeps_the_mean_and_leaves_the_biases_alone():
+    one = trainer(double=True, steps=6)
+    before = [moments_of(one, m) for m in range(3)]
+    one.share_second_moments()
+    for m in range(3):
+        after = moments_of(one, m)
+        mean = before[m]["W", "exp_avg_sq"].mean(1, keepdim=True)
+        assert_close(after["W", "exp_avg_sq"], mean.expand(-1, D_IN), rtol=1e-12, atol=0)
+        for key in before[m].keys() - {("W", "exp_avg_sq")}:
+            assert torch.equal(after[key], before[m][key]), key
+
+
 def test_alignment_changes_no_reconstruction():
     one = trainer(double=True, steps=6)
     before = one.model(one.x).detach()
@@ -538,8 +566,9 @@ def test_setting_that_makes_no_sense_is_named(field, value):
 def test_recipes_are_those_of_the_design():
     reference, improved = sae.RECIPES["reference"], sae.RECIPES["improved"]
     assert (reference.decoder_bias, reference.learning_rate, reference.decay) == (False, 1e-3, 0)
-    assert (improved.decoder_bias, improved.learning_rate, improved.decay) == (True, 2e-3, 0.2)
+    assert (improved.decoder_bias, improved.learning_rate, improved.decay) == (True, 2e-3, 0.3)
     assert (reference.reinit, improved.reinit) == ("members", "features")
+    assert (reference.row_moments, improved.row_moments) == (False, True)
     for name, recipe in sae.RECIPES.items():
         assert recipe.name == name and not recipe.relu
         assert (recipe.d_sae, recipe.k, recipe.n_members, recipe.epochs, recipe.batch_size) == (1024, 50, 5, 5, 128)
