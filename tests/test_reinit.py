@@ -276,11 +276,11 @@ def test_all_features_at_once_are_an_error():
         trainer(steps=1).reinit_features(1, torch.arange(D_SAE))
 
 
-def test_no_feature_starts_anew_once_the_learning_rate_has_fallen_by_half():
-    one = trainer(reinit="features", epochs=10, decay=0.5)  # 40 steps, at step 30 half the rate
+def test_no_feature_starts_anew_after_the_share_of_the_steps_that_the_recipe_names():
+    one = trainer(reinit="features", epochs=10, reinit_until=0.6)  # 24 of 40 steps
     one.look_every, one.rare = 5, 1.0  # some features always fire less than the mean
     one.run(progress=False)
-    assert [step for step, _ in one.reinits] == [5, 10, 15, 20, 25, 30]
+    assert [step for step, _ in one.reinits] == [5, 10, 15, 20]
 
 
 def test_a_window_in_which_no_feature_is_rare_changes_nothing():
