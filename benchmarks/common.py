@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import torch
 
 import sae_helpers as sae
 
+# `improved` as it was when the results of notebooks 03 and 04 were stored; notebook 06 tells what came after.
+FORMER = replace(
+    sae.RECIPES["improved"], decay=0.2, decay_power=1.0, reinit_until=0.8, row_moments=False, consistency_until=1.0
+)
 RESULTS = Path(__file__).parent / "results"
 
 

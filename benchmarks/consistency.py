@@ -17,11 +17,11 @@ from itertools import product
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import main
+from common import FORMER, main
 
 import sae_helpers as sae
 
-IMPROVED = sae.RECIPES["improved"]
+IMPROVED = FORMER
 ONE = replace(IMPROVED, n_members=1)
 
 

@@ -15,13 +15,13 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
-from common import main
+from common import FORMER, main
 
 import sae_helpers as sae
 
 SEEDS = (0, 1, 2)
 NOTHING = replace(sae.RECIPES["reference"], n_members=1, reinit="none")
-IMPROVED = replace(sae.RECIPES["improved"], n_members=1)
+IMPROVED = replace(FORMER, n_members=1)
 
 
 class LowThreshold(sae.Trainer):
@@ -168,7 +168,7 @@ def resampling():
 
 def ensemble():
     """Five members with the consistency loss."""
-    improved = sae.RECIPES["improved"]
+    improved = FORMER
     yield "no re-initialisation", replace(improved, reinit="none"), sae.Trainer
     yield "each member goes its own way", improved, OwnDirections
     yield "they join their partners (ours)", improved, sae.Trainer
@@ -203,7 +203,7 @@ def widths():
 
 def times(data, chunks=6, chunk=200):
     """Milliseconds of a step, each turn: the remedies alternate every 200 steps, so that each turn holds two looks."""
-    five = sae.RECIPES["improved"]
+    five = FORMER
     trainers = {label: trainer(recipe, data.train) for label, recipe, trainer in remedies()}
     trainers["five members, no re-initialisation"] = sae.Trainer(replace(five, reinit="none"), data.train)
     trainers["five members, our re-initialisation"] = sae.Trainer(five, data.train)
