@@ -43,9 +43,9 @@ def train(recipe, x, trainer=sae.Trainer):
 
 @torch.no_grad()
 def pre_activations(model, m, x):
-    """(x - b_dec) Wᵀ + b_enc of member m, [n, d_sae]."""
+    """(x - b_dec) Wᵀ + b_enc of member m, [n, d_sae]; where the model has a ReLU, no less than 0."""
     parts = [torch.addmm(model.b_enc[m], part - model.b_dec[m], model.W[m].T) for part in x.split(5000)]
-    return torch.cat(parts)
+    return torch.cat(parts).relu_() if model.relu else torch.cat(parts)
 
 
 def hard(pre, n):
@@ -238,7 +238,8 @@ def training(data):
         f"k = {K}, consistency loss": [(trained(data, replace(FIVE, consistency_weight=0.01)), m) for m in TWO],
         f"k = {K}, 20 epochs (one member)": [(trained(data, replace(one, epochs=20)), 0)],
         "lifetime sparsity 5 %, no top k (one member)": [
-            (trained(data, replace(one, reinit="none"), trainer=WinnerTakeAll), 0)
+            # Once trained, its code is all that lies above 0.
+            (trained(data, replace(one, reinit="none", k=one.d_sae, relu=True), trainer=WinnerTakeAll), 0)
         ],
         **{
             f"k = {K}, {width:,} features (one member)": [(trained(data, replace(one, d_sae=width)), 0)]
@@ -379,7 +380,8 @@ def test(data):
             "strength": chosen[name]["strength"],
             "iterations": int(model.n_iter_.max()),
             "seconds": time.perf_counter() - began,
-            "misread": [[i, predicted[i].item()] for i in wrong.tolist()],  # test image, and what it was taken for
+            # The test image, its digit, and what it was taken for.
+            "misread": [[i, data.test_labels[i].item(), predicted[i].item()] for i in wrong.tolist()],
         }
         print(f"{name:36} {100 * rows[name]['error']:.2f} %  {rows[name]['iterations']} iterations", flush=True)
     return rows
