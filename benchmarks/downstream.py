@@ -20,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import RESULTS, main
+from common import FORMER, RESULTS, main
 from scipy.sparse import csr_matrix
 from scipy.stats import binomtest
 from sklearn.exceptions import ConvergenceWarning
@@ -29,7 +29,7 @@ from sklearn.svm import LinearSVC
 
 import sae_helpers as sae
 
-IMPROVED = replace(sae.RECIPES["improved"], consistency_weight=0.0)
+IMPROVED = replace(FORMER, consistency_weight=0.0)
 REFERENCE = replace(sae.RECIPES["reference"], consistency_weight=0.0)
 K, KEPT = 25, 150  # in training, and when encoding for the classifier: what `encoding` and `training` led to
 KS = (10, 15, 25, 50, 100)  # in training, to choose K
