@@ -619,8 +619,11 @@ class Recipe:
     name: str
     decoder_bias: bool  # train b_dec, from the mean image on
     learning_rate: float | tuple[float, ...]
-    decay: float  # in this last share of the steps the learning rate falls linearly to 0
+    decay: float  # in this last share of the steps the learning rate falls to 0
     reinit: str  # what starts anew during training: "none", "members" (reference monitor) or rare "features"
+    reinit_until: float = 1.0  # share of the steps after which no rare feature starts anew
+    decay_power: float = 1.0  # 1: falls along a line; 0.5: fast at first, as 1 - √
+    row_moments: bool = False  # one second moment of Adam for a row of W, not one for each weight
     relu: bool = False
     d_sae: int = 1024
     k: int | tuple[int, ...] = 50
@@ -629,6 +632,7 @@ class Recipe:
     batch_size: int = 128
     consistency_weight: float = 0.01
     consistency_warmup: int = 100  # steps
+    consistency_until: float = 1.0  # share of the steps after which its weight falls to 0 along a line
     match_every: int = 100  # steps between two matchings of the members
     precision: str = "auto"  # of the large products: float32, float16, bfloat16; auto: float16 on CUDA, else float32
     seed: int = 0
@@ -653,13 +657,28 @@ class Recipe:
             raise SAEError(f"consistency_weight is {self.consistency_weight}: it must be 0 or above, for example 0.01")
         if not 0 <= self.decay <= 1:
             raise SAEError(f"decay is {self.decay}: it is a share of the steps, from 0 to 1")
+        if not 0 < self.decay_power < math.inf:
+            raise SAEError(f"decay_power is {self.decay_power}: it must be above 0, for example 1")
+        for field in ("reinit_until", "consistency_until"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise SAEError(f"{field} is {getattr(self, field)}: it is a share of the steps, from 0 to 1")
         if not 0 <= self.seed < 2**32:
             raise SAEError(f"seed is {self.seed}: it must be from 0 to {2**32 - 1}")
 
 
 RECIPES = {
     "reference": Recipe("reference", decoder_bias=False, learning_rate=1e-3, decay=0, reinit="members"),
-    "improved": Recipe("improved", decoder_bias=True, learning_rate=2e-3, decay=0.2, reinit="features"),
+    "improved": Recipe(
+        "improved",
+        decoder_bias=True,
+        learning_rate=2e-3,
+        decay=0.3,
+        decay_power=0.5,
+        reinit="features",
+        reinit_until=0.85,
+        row_moments=True,
+        consistency_until=0.7,
+    ),
 }
 
 
@@ -709,6 +728,7 @@ class Trainer:
     capture = True  # on CUDA, replay the step as one CUDA graph: it is bound by the launches of its kernels
     monitor_threshold = 100.0  # of the reference system; see `monitor_score`
     look_every = 100  # steps between two looks at which features have fired
+    share_every = 10  # steps between two sharings of Adam's second moment within a row
     rare = 0.03  # a feature starts anew that has since fired less than this often, where 1 is the mean feature
 
     def __init__(self, recipe: Recipe, x: Tensor, device: torch.device | str = "cpu"):
@@ -769,10 +789,18 @@ class Trainer:
         return self.recipe.n_members > 1 and self.recipe.consistency_weight > 0
 
     def learning_rates(self) -> list[float]:
-        """Each member's learning rate in this step."""
+        """Each member's learning rate in this step.
+
+        With decay_power 1/2 it falls as 1 - √ (Hägele et al. 2024), and most of the decay is at a low rate.
+        """
         left = 1 - self.step / self.total_steps
-        share = min(1.0, left / self.recipe.decay) if self.recipe.decay else 1.0
+        share = 1 - (1 - min(1.0, left / self.recipe.decay)) ** self.recipe.decay_power if self.recipe.decay else 1.0
         return [rate * share for rate in per_member("learning_rate", self.recipe.learning_rate, len(self.parts))]
+
+    def consistency_share(self) -> float:
+        """The share of the consistency weight that is left late in training, when members settle on their own."""
+        fall = 1 - self.recipe.consistency_until
+        return min(1.0, (1 - self.step / self.total_steps) / fall) if fall else 1.0
 
     def run(self, progress: bool = True, after_epoch: Callable[[Trainer], None] | None = None) -> Trainer:
         """Train to the end and return itself; `after_epoch(trainer)` is called at the end of each epoch."""
@@ -801,9 +829,11 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates()):
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         warm = min(1.0, self.step / max(1, recipe.consistency_warmup))
-        self.weight.fill_(recipe.consistency_weight * 0.5 * (1 - math.cos(math.pi * warm)))
+        self.weight.fill_(recipe.consistency_weight * 0.5 * (1 - math.cos(math.pi * warm)) * self.consistency_share())
         captured = self.capture and x.device.type == "cuda" and len(x) == recipe.batch_size
         x_hat, fires, consistency = (self.replay if captured else self.update)(x)
+        if recipe.row_moments and self.step % self.share_every == 0:
+            self.share_second_moments()
 
         if self.step % self.log_every == 0:
             dead = (self.fires == self.fires_at_look_before).float().mean(1)
@@ -893,6 +923,18 @@ class Trainer:
         self._note_reinit(m, self.recipe.d_sae)
 
     @torch.no_grad()
+    def share_second_moments(self) -> None:
+        """Give the weights of a row of W one second moment of Adam, their mean (after Adam-mini: Zhang et al. 2024).
+
+        Adam lengthens the steps of weights with small gradients: here those of the border's
+        pixels, which carry little but noise. With one moment a feature moves along its gradient.
+        In ten steps of β2 = 0.999 the weights' moments part by a hundredth only.
+        """
+        for part in self.parts:
+            if state := self.optimizer.state.get(part["W"]):
+                state["exp_avg_sq"].copy_(state["exp_avg_sq"].mean(1, keepdim=True).expand_as(part["W"]))
+
+    @torch.no_grad()
     def reinit_rare_features(self) -> None:
         """Start anew each member's features that fired too rarely since the last look, except late in training.
 
@@ -900,8 +942,8 @@ class Trainer:
         would pull it away from any new direction of its own: it takes that of the living ones.
         """
         window = self.fires - self.fires_at_last_look
-        if self.step > (1 - self.recipe.decay) * self.total_steps:
-            return  # while the learning rate falls, a new feature would not be learnt to the end
+        if self.step > self.recipe.reinit_until * self.total_steps:
+            return  # at a low learning rate, a new feature would not be learnt to the end
         alive = window >= self.rare * window.double().mean(1, keepdim=True)  # [M, d_sae]
         for m in range(self.recipe.n_members):
             rare = (~alive[m]).nonzero()[:, 0]

@@ -276,8 +276,8 @@ def test_all_features_at_once_are_an_error():
         trainer(steps=1).reinit_features(1, torch.arange(D_SAE))
 
 
-def test_no_feature_starts_anew_while_the_learning_rate_falls():
-    one = trainer(reinit="features", epochs=10, decay=0.5)  # 40 steps
+def test_no_feature_starts_anew_after_the_share_of_the_steps_that_the_recipe_names():
+    one = trainer(reinit="features", epochs=10, reinit_until=0.6)  # 24 of 40 steps
     one.look_every, one.rare = 5, 1.0  # some features always fire less than the mean
     one.run(progress=False)
     assert [step for step, _ in one.reinits] == [5, 10, 15, 20]

@@ -121,6 +121,16 @@ def test_training_adds_the_consistency_gradient_and_warms_it_up(step, share):
     assert_close(with_loss.model.W.grad - without.model.W.grad, 0.1 * share * gradient, **EXACT)
 
 
+def test_consistency_weight_falls_late_in_training():
+    one = trainer(consistency_weight=0.1, consistency_warmup=1, consistency_until=0.5)  # 16 steps
+    weights = []
+    for _ in range(16):
+        one.train_step()
+        weights.append(one.weight.item())
+    expected = [0, *[0.1] * 7, *(0.1 * (16 - step) / 8 for step in range(8, 16))]
+    assert weights == pytest.approx(expected, rel=1e-6)
+
+
 def test_training_with_the_consistency_loss_makes_members_alike():
     cosines = [
         sae.matched_cosine(trainer(steps=16, consistency_weight=weight, consistency_warmup=1).model.features())
@@ -154,6 +164,34 @@ def test_alignment_moves_features_with_their_moments():
             for key in ("exp_avg", "exp_avg_sq"):
                 assert moments[m][name, key].any()
                 assert torch.equal(moments_of(one, m)[name, key], moments[m][name, key][order])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_weights_of_a_row_share_their_second_moment_where_asked_for(shared):
+    one, plain = trainer(double=True, steps=10, row_moments=shared), trainer(double=True, steps=10)
+    for steps in (1, 4):  # after step 10 the weights of a row have one moment; then they part, until step 20
+        for _ in range(steps):
+            one.train_step()
+            plain.train_step()
+        for part in one.parts:
+            v = one.optimizer.state[part["W"]]["exp_avg_sq"]
+            within = v.std(1) / v.mean(1)  # of a row
+            assert (within < 1e-12).all() == (shared and steps == 1)
+            assert v.mean(1).std() > 0.01 * v.mean()  # each row has its own
+    assert shared == (one.model.W != plain.model.W).any()
+    assert torch.equal(one.optimizer.state[one.parts[0]["b_enc"]]["step"], torch.tensor(15.0))
+
+
+def test_sharing_keeps_the_mean_and_leaves_the_biases_alone():
+    one = trainer(double=True, steps=6)
+    before = [moments_of(one, m) for m in range(3)]
+    one.share_second_moments()
+    for m in range(3):
+        after = moments_of(one, m)
+        mean = before[m]["W", "exp_avg_sq"].mean(1, keepdim=True)
+        assert_close(after["W", "exp_avg_sq"], mean.expand(-1, D_IN), rtol=1e-12, atol=0)
+        for key in before[m].keys() - {("W", "exp_avg_sq")}:
+            assert torch.equal(after[key], before[m][key]), key
 
 
 def test_alignment_changes_no_reconstruction():
@@ -390,6 +428,13 @@ def test_learning_rate_can_fall_from_the_start():
     assert rates(decay=1) == pytest.approx([0.1 * (40 - step) / 40 for step in range(40)], rel=1e-12)
 
 
+def test_learning_rate_can_fall_fast_at_first():
+    result = rates(decay=0.5, decay_power=0.5)
+    assert result[:21] == [0.1] * 21
+    expected = [0.1 * (1 - math.sqrt((step - 20) / 20)) for step in range(20, 40)]
+    assert result[20:] == pytest.approx(expected, rel=1e-12)
+
+
 def test_optimizer_takes_the_steps_learning_rate():
     one = trainer(steps=12)
     expected = one.learning_rates()[0]
@@ -525,7 +570,8 @@ def test_step_that_cannot_be_captured_goes_on_without(capsys):
         ("k", (3, 3)),
         *(("learning_rate", value) for value in (0.0, -0.5, math.nan, math.inf)),
         *(("consistency_weight", value) for value in (-0.5, math.nan, math.inf)),
-        *(("decay", value) for value in (-0.5, 1.5, math.nan)),
+        *((f, v) for f in ("decay", "reinit_until", "consistency_until") for v in (-0.5, 1.5, math.nan)),
+        *(("decay_power", value) for value in (0.0, -1.0, math.nan, math.inf)),
         *(("seed", value) for value in (-1, 2**32)),
         ("k", D_SAE + 1),
     ],
@@ -538,8 +584,10 @@ def test_setting_that_makes_no_sense_is_named(field, value):
 def test_recipes_are_those_of_the_design():
     reference, improved = sae.RECIPES["reference"], sae.RECIPES["improved"]
     assert (reference.decoder_bias, reference.learning_rate, reference.decay) == (False, 1e-3, 0)
-    assert (improved.decoder_bias, improved.learning_rate, improved.decay) == (True, 2e-3, 0.2)
+    assert (improved.decoder_bias, improved.learning_rate, improved.decay) == (True, 2e-3, 0.3)
     assert (reference.reinit, improved.reinit) == ("members", "features")
+    assert (reference.row_moments, improved.row_moments) == (False, True)
+    assert (improved.decay_power, improved.reinit_until, improved.consistency_until) == (0.5, 0.85, 0.7)
     for name, recipe in sae.RECIPES.items():
         assert recipe.name == name and not recipe.relu
         assert (recipe.d_sae, recipe.k, recipe.n_members, recipe.epochs, recipe.batch_size) == (1024, 50, 5, 5, 128)
