@@ -29,8 +29,9 @@ KS = (5, 10, 25, 50, 100, 200)
 WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
 # Settings of its own, lest a better recipe made the stored results those of another one.
 ONE = sae.Recipe(
-    "sparsity", decoder_bias=True, learning_rate=2e-3, decay=0.2, reinit="features", n_members=1, consistency_weight=0.0
-)
+    "sparsity", decoder_bias=True, learning_rate=2e-3, decay=0.2, reinit="features", reinit_until=0.8,
+    n_members=1, consistency_weight=0.0,
+)  # fmt: skip
 SWEEP = replace(ONE, epochs=3)
 RUNS = {4096: ((10, 50, 200),), 8192: ((10, 50),)}  # fewer k, for they take longest
 RIDGE = 1e-5  # in least squares, for a feature that was chosen twice
@@ -38,7 +39,7 @@ SAMPLE = 500  # test images on which OMP runs
 QUALITY = ("mse", "pearson", "explained_variance", "dead_fraction")
 # The setting of Costa et al. 2025. Larger batches make a pursuit cheaper, for the products of all
 # features with each other are due once for each; a longer decay did the same good to every encoder.
-SMALL = replace(ONE, d_sae=1000, k=10, batch_size=512, learning_rate=4e-3, decay=0.5)
+SMALL = replace(ONE, d_sae=1000, k=10, batch_size=512, learning_rate=4e-3, decay=0.5, reinit_until=0.5)
 
 
 # ---- encoders -----------------------------------------------------------------------------
