@@ -444,7 +444,7 @@ PARTS = {
         ]
     ),
     "annealed_long": runs([("k falls from 20 to 10", Annealed, {"epochs": 40})]),
-    "refinement": runs((f"{n} steps", steps(n), {"epochs": 10, "learning_rate": 2e-3}) for n in (1, 2)),
+    "refinement": runs((f"{n} steps", steps(n), {"epochs": 10}) for n in (1, 2)),
     "pursuit": runs(
         (name, kind, {"epochs": 10})
         for name, kind in (
