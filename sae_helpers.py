@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from safetensors import safe_open
 from safetensors.torch import save
 from scipy.optimize import linear_sum_assignment
@@ -1127,7 +1128,7 @@ def show_images(
     figure = plt.figure(figsize=(size * columns, height + 0.35), facecolor="white")
     axis = figure.add_axes((0, 0, 1, 1 - 0.3 / figure.get_figheight()))
     draw_images(axis, images, data.shape, columns, signed, titles)
-    figure.suptitle(f"{data.name}: {title}", fontsize=10, y=1 - 0.06 / figure.get_figheight(), va="top")
+    figure.suptitle(f"{data.name}: {title}", fontsize=9, y=1 - 0.06 / figure.get_figheight(), va="top")
     return figure
 
 
@@ -1154,7 +1155,7 @@ def plot_training(history: dict[str, list], data: Images, epochs: Sequence[dict]
     `epochs` has for each epoch its last `step` and, under `test`, `mse` and `pearson` per member.
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), facecolor="white")
-    figure.subplots_adjust(left=0.07, right=0.99, bottom=0.15, top=0.91, wspace=0.2)  # a layout engine takes longer
+    figure.subplots_adjust(left=0.085, right=0.99, bottom=0.15, top=0.91, wspace=0.2)  # a layout engine takes longer
     for axis, name, label in zip(axes, ("mse", "pearson"), ("MSE (per pixel)", "Pearson correlation")):
         axis.plot(history["step"], history[name], color="tab:blue", alpha=0.5, linewidth=0.8)
         axis.plot([], [], color="tab:blue", label="training batches, a line per member")
@@ -1164,6 +1165,9 @@ def plot_training(history: dict[str, list], data: Images, epochs: Sequence[dict]
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter("{x:g}")  # powers of ten would need more room than there is
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[0].legend(fontsize=8)
     axes[0].set_title(f"{data.name}: loss, last batch {np.mean(history['mse'][-1]):.4f}", fontsize=10)
     axes[1].set_title(f"{data.name}: Pearson, last batch {np.mean(history['pearson'][-1]):.4f}", fontsize=10)
@@ -1177,7 +1181,7 @@ def plot_features(model: TopKSAE, activity: Tensor, data: Images, n: int = 80) -
     dead = (activity[0] == 0).float().mean().item()
     return show_images(
         model.features()[0].cpu()[chosen], data,
-        f"{len(chosen)} of {model.d_sae:,} features, most used first; light adds ink, dark removes it; {dead:.1%} dead",
+        f"{len(chosen)} of {model.d_sae:,} features by use; light adds ink, dark removes it; {dead:.1%} dead",
         signed=True,
     )  # fmt: skip
 

@@ -165,7 +165,7 @@ def test_sliders_of_notebook_05_change_their_pictures(tmp_path, capsys):
             height, width = np.minimum(before.shape, after.shape)
             changed = (np.abs(before[:height, :width] - after[:height, :width]) > 0.1).mean()
             seen.append(f"{name}: {1e3 * seconds:.0f} ms, {changed:.1%} of the pixels")
-            assert changed > 0.005, seen[-1]
+            assert changed > 0.002, seen[-1]  # a new title alone changes 0.0003
         assert complaints(page) == []  # an error of a slider's function stands in its output
     with capsys.disabled():
         print("\nfrom key to changed picture in the browser:", "; ".join(seen))

@@ -97,6 +97,14 @@ def test_picture_warns_of_nothing(name, trained, digits):
         assert png(plot(name, trained, digits))
 
 
+@every_plot
+def test_nothing_of_a_picture_is_cut_off(name, trained, digits):
+    figure = plot(name, trained, digits)
+    figure.canvas.draw()
+    drawn, page = figure.get_tightbbox(), figure.bbox_inches.padded(1e-6)  # inches
+    assert page.x0 <= drawn.x0 and drawn.x1 <= page.x1 and page.y0 <= drawn.y0 and drawn.y1 <= page.y1
+
+
 def test_reconstructions_are_the_best_median_and_worst(trained, digits):
     figure = sae.plot_reconstructions(trained.model, digits)
     x_hat = trained.model(digits.test)[0].detach()
