@@ -2,11 +2,12 @@
 
     python benchmarks/sparsity.py [part ...]
 
-Without a name all parts run, one after the other. `width_256` … `width_8192` are the
-frontier: for each number of features, a model for each k of KS, trained together. Their
-bounds are `pca` and, in the same parts, orthogonal matching pursuit (OMP) on a sample.
-`several_k` trains one model for all k. The others are
-the setting of Costa et al. (2025): 1,000 features, k = 10, trained on images 0 to 49,999,
+Without a name all parts run, one after the other, about 50 minutes on one CPU core.
+`width_256` … `width_8192` are the frontier: for each number of features, a model for each k
+of KS, trained together. Their bounds are `pca` and, in the same parts, orthogonal matching
+pursuit (OMP) on a sample; `wide` trains the widest in other ways. `several_k` trains one
+model for all k. `at_50` has other encoders for the `improved` recipe. The others are the
+setting of Costa et al. (2025): 1,000 features, k = 10, trained on images 0 to 49,999,
 validated on 50,000 to 59,999. Each part prints a line for each run and replaces its part of
 benchmarks/results/sparsity.json; notebook 06 shows that file.
 """
@@ -33,7 +34,8 @@ ONE = sae.Recipe(
     n_members=1, consistency_weight=0.0,
 )  # fmt: skip
 SWEEP = replace(ONE, epochs=3)
-RUNS = {4096: ((10, 50, 200),), 8192: ((10, 50),)}  # fewer k, for they take longest
+# `improved`, as of when this was written.
+LIKE_IMPROVED = replace(ONE, epochs=5, decay=0.3, decay_power=0.5, reinit_until=0.85, row_moments=True)
 RIDGE = 1e-5  # in least squares, for a feature that was chosen twice
 SAMPLE = 500  # test images on which OMP runs
 QUALITY = ("mse", "pearson", "explained_variance", "dead_fraction")
@@ -120,11 +122,24 @@ class OtherEncoder(sae.Trainer):
         return (directions[worst] @ directions.T).relu().pow(8) @ residuals
 
 
+def respond(x, rows, indices):
+    """Products of x [B, d_in] with chosen rows of [d_sae, d_in] → [B, k]; with a gradient to both."""
+    return (F.embedding(indices, rows) * x[:, None]).sum(-1)
+
+
+def one_shot(x, W_enc, b_enc, k, signed=False):
+    """The k largest responses, or, `signed`, the k largest by absolute value."""
+    with torch.no_grad():
+        pre = torch.addmm(b_enc, x, W_enc.T)
+        indices = (pre.abs() if signed else pre).topk(k, sorted=False).indices
+    return respond(x, W_enc, indices) + b_enc[indices], indices
+
+
 class Refinement(OtherEncoder):
     """The helpers' encoder, then `steps` times: add step size · response to the residual, keep the k largest again.
 
     A learned step of iterative hard thresholding (Blumensath & Davies 2008; learned steps:
-    Gregor & LeCun 2010). Without steps it is the helpers' encoder.
+    Gregor & LeCun 2010). The responses are those of unit-length features.
     """
 
     steps = 1
@@ -137,24 +152,29 @@ class Refinement(OtherEncoder):
     def learning_rates(self):
         return super().learning_rates() * 2  # the second is that of the step sizes
 
+    def rows(self, D):
+        """Whose products with the residual are the responses."""
+        return D
+
     def encode(self, x):
-        W, b_enc, k = self.model.W[0], self.model.b_enc[0], self.recipe.k
-        with torch.no_grad():
-            indices = torch.addmm(b_enc, x, W.T).topk(k, sorted=False).indices
-        values = respond(x, W, indices) + b_enc[indices]
+        D, k = self.dictionary(), self.recipe.k
+        rows = self.rows(D)
+        values, indices = one_shot(x, self.model.W[0], self.model.b_enc[0], k)
         for size in self.step_sizes:
-            residual = x - F.embedding_bag(indices, self.dictionary(), per_sample_weights=values, mode="sum")
+            residual = x - F.embedding_bag(indices, D, per_sample_weights=values, mode="sum")
             with torch.no_grad():
-                moved = (residual @ W.T).mul_(size).scatter_add_(1, indices, values)
+                moved = (residual @ rows.T).mul_(size).scatter_add_(1, indices, values)
                 kept = moved.topk(k, sorted=False).indices
             before = torch.zeros_like(moved).scatter(1, indices, values).gather(1, kept)
-            values, indices = before + size * respond(residual, W, kept), kept
+            values, indices = before + size * respond(residual, rows, kept), kept
         return values, indices
 
 
-def respond(x, rows, indices):
-    """Products of x [B, d_in] with chosen rows of [d_sae, d_in] → [B, k]; with a gradient to both."""
-    return (F.embedding(indices, rows) * x[:, None]).sum(-1)
+class ByEncoderRows(Refinement):
+    """The responses of the encoder's rows instead, whose lengths training sets."""
+
+    def rows(self, D):
+        return self.model.W[0]
 
 
 class MatchingPursuit(OtherEncoder):
@@ -189,13 +209,14 @@ class Fitted(MatchingPursuit):
 
 
 def pca(data):
-    """MSE and Pearson of the first k principal components."""
+    """Quality of the first k principal components, on all test images and on the sample."""
     mean = data.train.mean(0)
     components = torch.linalg.svd(data.train - mean, full_matrices=False).Vh[: max(KS)]
     rows = []
     for k in KS:
         x_hat = (data.test - mean) @ components[:k].T @ components[:k] + mean
         rows.append({"k": k, **quality(data.test, x_hat, mean)})
+        rows[-1]["sample"] = quality(data.test[:SAMPLE], x_hat[:SAMPLE], mean)
         print(f"pca k {k:4}  MSE {rows[-1]['mse']:.5f}  Pearson {rows[-1]['pearson']:.4f}", flush=True)
     return rows
 
@@ -209,9 +230,7 @@ def quality(x, x_hat, mean):
 def width(d_sae, data):
     """A model for each k; each at its own k on all test images, and against OMP on some of them."""
     rows, mean, sample = [], data.train.mean(0), data.test[:SAMPLE]
-    for ks in RUNS.get(
-        d_sae, (KS[:3], KS[3:])
-    ):  # codes are as long as the largest k of a run, so the small ones go together
+    for ks in (KS[:3], KS[3:]):  # codes are as long as the largest k of a run, so the small ones go together
         start = time.process_time()
         trainer = sae.Trainer(replace(SWEEP, d_sae=d_sae, k=ks, n_members=len(ks)), data.train).run(progress=False)
         seconds = time.process_time() - start
@@ -233,6 +252,23 @@ def width(d_sae, data):
         if d_sae == SWEEP.d_sae:
             at_test(trainer.model, data, rows[-len(ks) :])
     return {"epochs": SWEEP.epochs, "sample": SAMPLE, "rows": rows}
+
+
+def wide(data):
+    """Is it the learning rate, or the short training, that the widest dictionary suffers from?"""
+    rows = {}
+    for label, settings in (
+        ("8,192 features, half the rate", {"d_sae": 8192, "learning_rate": SWEEP.learning_rate / 2}),
+        ("8,192 features, nine epochs", {"d_sae": 8192, "epochs": 9}),
+        ("1,024 features, nine epochs", {"epochs": 9}),
+    ):
+        recipe = replace(SWEEP, k=(50, 200), n_members=2, **settings)
+        model = sae.Trainer(recipe, data.train).run(progress=False).model
+        found = sae.evaluate(model, data.test, data.train.mean(0))
+        rows[label] = [{"k": k, **{name: found[name][m].item() for name in QUALITY}} for m, k in enumerate(recipe.k)]
+        for row in rows[label]:
+            print(f"{label}, k {row['k']:4}  MSE {row['mse']:.5f}  dead {row['dead_fraction']:.1%}", flush=True)
+    return rows
 
 
 def at_test(model, data, rows):
@@ -335,8 +371,8 @@ def reconstruct(trained, x):
     return trained.model.decode(values, indices)[0], indices[0]
 
 
-def steps(n):
-    return type(f"Refinement{n}", (Refinement,), {"steps": n})
+def steps(n, kind=Refinement):
+    return type(f"{kind.__name__}{n}", (kind,), {"steps": n})
 
 
 def runs(cases):
@@ -360,33 +396,63 @@ class LargestByMagnitude(OtherEncoder):
     """One shot, but the k largest by absolute value."""
 
     def encode(self, x):
-        with torch.no_grad():
-            pre = torch.addmm(self.model.b_enc[0], x, self.model.W[0].T)
-            indices = pre.abs().topk(self.recipe.k, sorted=False).indices
-        return respond(x, self.model.W[0], indices) + self.model.b_enc[0][indices], indices
+        return one_shot(x, self.model.W[0], self.model.b_enc[0], self.recipe.k, signed=True)
 
 
 class Untied(OtherEncoder):
-    """One shot, but the encoder's rows are parameters of their own, which start at the decoder's."""
+    """One shot, but after the share `tied_until` of the steps the encoder's rows are parameters of their own."""
+
+    tied_until = 0.5
 
     def __init__(self, recipe, x, device="cpu"):
         super().__init__(recipe, x, device)
         self.W_enc = self.model.W[0].detach().clone().requires_grad_()
+        self.untied_from = int(self.tied_until * self.total_steps)
         self.optimizer.add_param_group({"params": [self.W_enc], "lr": 0.0})
 
     def learning_rates(self):
         return super().learning_rates() * 2
 
     def encode(self, x):
-        with torch.no_grad():
-            pre = torch.addmm(self.model.b_enc[0], x, self.W_enc.T)
-            indices = pre.topk(self.recipe.k, sorted=False).indices
-        return respond(x, self.W_enc, indices) + self.model.b_enc[0][indices], indices
+        W_enc = self.model.W[0] if self.step < self.untied_from else self.W_enc
+        return one_shot(x, W_enc, self.model.b_enc[0], self.recipe.k)
+
+    def update(self, x):
+        if self.step == self.untied_from:
+            with torch.no_grad():
+                self.W_enc.copy_(self.model.W[0])
+        return super().update(x)
 
     def reinit_features(self, m, features, directions=None):
         super().reinit_features(m, features, directions)
         with torch.no_grad():
             self.W_enc[features] = self.model.W[m, features]
+
+
+class UntiedAtOnce(Untied):
+    tied_until = 0.0
+
+
+class SharedMap(OtherEncoder):
+    """One shot and tied, but each image first passes a square matrix, learnt from the identity on: the encoder is W A.
+
+    All features share it, so it cannot follow a single one, and none is lost to it.
+    """
+
+    slower = 0.3  # its share of the learning rate: at the full one the error is higher
+    start = None  # another matrix than the identity
+
+    def __init__(self, recipe, x, device="cpu"):
+        super().__init__(recipe, x, device)
+        self.A = (torch.eye(x.shape[1]) if self.start is None else self.start.clone()).requires_grad_()
+        self.optimizer.add_param_group({"params": [self.A], "lr": 0.0})
+
+    def learning_rates(self):
+        (rate,) = super().learning_rates()
+        return [rate, self.slower * rate]
+
+    def encode(self, x):
+        return one_shot(x @ self.A.T, self.model.W[0], self.model.b_enc[0], self.recipe.k)
 
 
 class FromPursuit(sae.Trainer):
@@ -412,9 +478,39 @@ class Shifted(sae.Trainer):
         return super().update(images.flatten(1))
 
 
+def at_50(data):
+    """Other encoders with the settings of `improved`: 1,024 features, k = 50, five epochs, quality on test images."""
+    mean, rows = data.train.mean(0), {}
+
+    def measure(label, kind, **settings):
+        trained = kind(replace(LIKE_IMPROVED, **settings), data.train).run(progress=False)
+        x_hat, indices = reconstruct(trained, data.test)
+        dead = 1 - len(indices.unique()) / trained.recipe.d_sae
+        row = rows[label] = {**quality(data.test, x_hat, mean), "dead_fraction": dead}
+        print(f"k 50, {label:50} MSE {row['mse']:.5f}  Pearson {row['pearson']:.5f}  dead {dead:.2%}", flush=True)
+        return trained
+
+    measure("tied, as in the recipe", sae.Trainer)
+    measure("own rows from halfway on", Untied)
+    A = measure("one map before tied rows", SharedMap).A.detach()
+    # Along and between the principal components: by how much does the map change which part?
+    directions = torch.linalg.eigh((data.train - mean).T @ (data.train - mean)).eigenvectors.flip(1)
+    turned = directions.T @ A @ directions
+    gains, change = turned.diagonal(), turned - torch.eye(len(turned))
+    between = 1 - change.diagonal().square().sum() / change.square().sum()
+    rows["one map before tied rows"] |= {"gains": gains[:400].tolist(), "between": between.item()}
+    measure("the same, features start anew until 95 %", SharedMap, reinit_until=0.95)
+    fixed = type("FixedMap", (SharedMap,), {"slower": 0.0, "start": directions * gains @ directions.T})
+    measure("a fixed map with its gains along the components", fixed)
+    measure("one refinement step", steps(1))
+    measure("the same, responses of the encoder's rows", steps(1, ByEncoderRows))
+    return rows
+
+
 def price(data, turns=3, steps_of_a_turn=10):
     """CPU milliseconds of a step with each encoder, the fastest of several turns in which they alternate."""
-    kinds = {"one shot": sae.Trainer, "refined in 1 steps": steps(1), "refined in 2 steps": steps(2)}
+    kinds = {"one shot": sae.Trainer, "one shot, own rows": UntiedAtOnce, "one shot, one map before": SharedMap}
+    kinds |= {f"refined, steps: {n}": steps(n) for n in (1, 2, 6)}
     kinds |= {"pursuit by absolute value": MatchingPursuit, "pursuit values fitted": Fitted}
     trainers = {label: kind(SMALL, small(data)[0]) for label, kind in kinds.items()}
     milliseconds = {label: [] for label in trainers}
@@ -432,6 +528,7 @@ def price(data, turns=3, steps_of_a_turn=10):
 PARTS = {
     "pca": pca,
     **{f"width_{d_sae}": partial(width, d_sae) for d_sae in WIDTHS},
+    "wide": wide,
     "several_k": several_k,
     "one_shot": runs((f"{n} epochs", sae.Trainer, {"epochs": n}) for n in (5, 10, 20)),
     "levers": runs(
@@ -439,12 +536,24 @@ PARTS = {
             ("k falls from 20 to 10", Annealed, {"epochs": 5}),
             ("images shifted", Shifted, {"epochs": 5}),
             ("largest by absolute value", LargestByMagnitude, {"epochs": 5}),
-            ("untied", Untied, {"epochs": 5}),
             ("start from a pursuit's dictionary", FromPursuit, {"epochs": 5}),
         ]
     ),
     "annealed_long": runs([("k falls from 20 to 10", Annealed, {"epochs": 40})]),
-    "refinement": runs((f"{n} steps", steps(n), {"epochs": 10}) for n in (1, 2)),
+    "untied": runs(
+        [
+            ("own rows from the start, 5 epochs", UntiedAtOnce, {"epochs": 5}),
+            ("own rows from the start, rate 0.001, 20 epochs", UntiedAtOnce, {"epochs": 20, "learning_rate": 1e-3}),
+            ("own rows from halfway on, 10 epochs", Untied, {"epochs": 10}),
+            ("own rows from halfway on, 20 epochs", Untied, {"epochs": 20}),
+            ("one map before tied rows, 20 epochs", SharedMap, {"epochs": 20, "reinit_until": 0.85}),
+        ]
+    ),
+    "at_50": at_50,
+    "refinement": runs(
+        [(f"{n} steps", steps(n), {"epochs": 10, "reinit_until": 0.85}) for n in (1, 2, 6)]
+        + [("2 steps, responses of the encoder's rows", steps(2, ByEncoderRows), {"epochs": 10, "reinit_until": 0.85})]
+    ),
     "pursuit": runs(
         (name, kind, {"epochs": 10})
         for name, kind in (
@@ -453,7 +562,16 @@ PARTS = {
             ("values fitted", Fitted),
         )
     ),
-    "pursuit_long": runs([("by absolute value", MatchingPursuit, {"epochs": 30})]),
+    "seeds": runs(
+        (f"{label}, seed {seed}", kind, {**settings, "seed": seed})
+        for label, kind, settings in (
+            ("one shot, 20 epochs", sae.Trainer, {"epochs": 20}),
+            ("own rows from halfway on, 20 epochs", Untied, {"epochs": 20}),
+            ("one map before tied rows, 20 epochs", SharedMap, {"epochs": 20, "reinit_until": 0.85}),
+            ("pursuit values fitted, 10 epochs", Fitted, {"epochs": 10}),
+        )
+        for seed in (1, 2)
+    ),
     "price": price,
 }
 

@@ -92,9 +92,12 @@ def test_bounds_are_in_order():
     assert sparsity.omp(x.float(), D.float(), K).square().mean() < greedy
 
 
-def test_without_refinement_it_is_the_helpers_encoder():
-    """Values, choice and gradient."""
-    one = trainer(sparsity.steps(0))
+@pytest.mark.parametrize("kind", [sparsity.steps(0), sparsity.Untied, sparsity.SharedMap])
+def test_what_it_starts_from_is_the_helpers_encoder(kind):
+    """Values, choice and gradient, without refinement, before the rows part, and with the identity as the map."""
+    one = trainer(kind)
+    if kind is sparsity.SharedMap:
+        one.A = one.A.detach().double()
     x = draw(B, D_IN, seed=5)
     ours, _, indices = one.autoencode(x)
     theirs, _, their_indices = one.model.autoencode(x)
@@ -146,7 +149,7 @@ def test_fitted_values_need_no_gradient(monkeypatch):
 @pytest.mark.parametrize(
     "kind",
     [sparsity.MatchingPursuit, sparsity.ByValue, sparsity.Fitted, sparsity.steps(2),
-     sparsity.LargestByMagnitude, sparsity.Untied],
+     sparsity.LargestByMagnitude, sparsity.Untied, sparsity.SharedMap],
 )  # fmt: skip
 def test_training_lowers_the_error(kind):
     x = F.relu(draw(400, D_IN).float())
@@ -154,9 +157,21 @@ def test_training_lowers_the_error(kind):
     before = sae.mse(x, sparsity.reconstruct(one, x)[0])
     one.run(progress=False)
     assert sae.mse(x, sparsity.reconstruct(one, x)[0]) < 0.8 * before
-    for extra in ("step_sizes", "W_enc"):
+    for extra in ("step_sizes", "W_enc", "A"):
         if hasattr(one, extra):
-            assert one.optimizer.state[getattr(one, extra)]["step"] == one.total_steps
+            learnt_for = one.total_steps - getattr(one, "untied_from", 0)
+            assert one.optimizer.state[getattr(one, extra)]["step"] == learnt_for
+
+
+def test_encoder_rows_part_from_the_features_halfway():
+    one = sparsity.Untied(replace(sparsity.SMALL, d_sae=D_SAE, k=K, epochs=10, batch_size=B), draw(B, D_IN).float())
+    while one.step < one.untied_from:
+        one.train_step()
+    assert one.step == one.total_steps // 2
+    W = one.model.W[0].detach().clone()
+    one.train_step()
+    assert not torch.equal(one.W_enc, one.model.W[0])
+    assert_close(one.W_enc.detach(), W, rtol=0, atol=1.01 * one.recipe.learning_rate)  # Adam's first step
 
 
 def test_annealed_k_falls_to_the_recipes():
