@@ -2,7 +2,7 @@
 
     python benchmarks/sparsity.py [part ...]
 
-Without a name all parts run, one after the other, about 50 minutes on one CPU core.
+Without a name all parts run, one after the other, more than an hour on one CPU core.
 `width_256` … `width_8192` are the frontier: for each number of features, a model for each k
 of KS, trained together. Their bounds are `pca` and, in the same parts, orthogonal matching
 pursuit (OMP) on a sample; `wide` trains the widest in other ways. `several_k` trains one
