@@ -4,37 +4,44 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import math
 import os
 import re
 import signal
 import sys
 import threading
 import time
-import urllib.parse
-from dataclasses import fields, replace
+import uuid
+import warnings
+import zlib
+from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from torch import Tensor
 
 import sae_helpers as sae
 
-STATE = "training_state.pt"
+STATE, STATE_SECONDS, LOCK = "training_state.safetensors", 30, ".lock"
+RESULTS = ("sae.safetensors", "metrics.json", "reconstructions.png", "training_metrics.png", "sae_features.png")
+QUALITY = ("mse", "pearson", "explained_variance", "dead_fraction", "rare_fraction")
 # Command line names are the reference system's; the recipe's are the field's.
 RECIPE_OPTIONS = {
-    "epochs": "epochs",
-    "k": "k",
-    "hidden_size": "d_sae",
-    "num_saes": "n_members",
-    "batch_size": "batch_size",
-    "learning_rate": "learning_rate",
-    "consistency_weight": "consistency_weight",
-    "precision": "precision",
+    "epochs": "epochs", "k": "k", "hidden_size": "d_sae", "num_saes": "n_members", "batch_size": "batch_size",
+    "learning_rate": "learning_rate", "consistency_weight": "consistency_weight", "precision": "precision",
     "seed": "seed",
-}
+}  # fmt: skip
+
+
+# ---- The command line ----------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,222 +60,904 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class Stopped(Exception):
+    """A signal stopped the run: its number, and what is left of the run."""
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        if args.analyze_loss:
-            analyze_loss(args)
-        else:
-            train(args)
-    except sae.SAEError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped; --resume --out DIR goes on from the last whole epoch", file=sys.stderr)
-        return 130
-    return 0
+    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+        args = parser.parse_args(argv)
+        try:
+            (analyze_loss if args.analyze_loss else train)(args)
+            return 0
+        except sae.SAEError as error:
+            status, message = 2, f"error: {error}"
+        except Stopped as stop:
+            status, message = 128 + stop.args[0], f"stopped: {stop.args[1]}"  # as a shell counts it
+        except KeyboardInterrupt:
+            status, message = 130, "stopped before the training: the same command starts it again"
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            smaller = "choose a smaller --hidden_size, --num_saes or --batch_size"
+            status, message = 2, f"error: the memory is too small ({first_line(error)}): {smaller}"
+        print(f"{parser.prog}: {printable(message)}", file=sys.stderr)
+        return status
 
 
-def chosen_recipe(args) -> sae.Recipe:
-    given = {field: getattr(args, option) for option, field in RECIPE_OPTIONS.items()}
+class Output:
+    """Standard output or error whose reader may go away (`| head`), and whose encoding may lack letters."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # what is left in the buffer would raise again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def printable(text: object) -> str:
+    """On one line, and valid Unicode, whatever bytes a path is made of."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def first_line(error: BaseException) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+
+
+def user_path(option: str, given: str) -> Path:
+    if not given:
+        raise sae.SAEError(f"{option} is empty: give a folder, or leave it out")
+    return Path(os.path.expanduser(given))
+
+
+@contextlib.contextmanager
+def options_as_typed():
+    """Messages about a recipe name its fields; the user typed the options."""
     try:
-        return replace(
-            sae.RECIPES[args.recipe or "improved"],
-            **{field: value for field, value in given.items() if value is not None},
-        )
+        yield
     except sae.SAEError as error:
         message = str(error)
-        for option, field in RECIPE_OPTIONS.items():  # the user's words for it
-            message = re.sub(rf"\b{field}\b", f"--{option}", message)
+        for option, field in RECIPE_OPTIONS.items():
+            message = re.sub(rf"(^|choose a ){field}\b", rf"\1--{option}", message)
         raise sae.SAEError(message) from error
 
 
+@options_as_typed()
+def chosen_recipe(args) -> sae.Recipe:
+    given = {field: getattr(args, option) for option, field in RECIPE_OPTIONS.items()}
+    given = {field: value for field, value in given.items() if value is not None}
+    return replace(sae.RECIPES[args.recipe or "improved"], **given)
+
+
+def resumed_recipe(args, recipe: sae.Recipe) -> sae.Recipe:
+    """The interrupted run's recipe; an option that contradicts it is an error, not ignored."""
+    for option, field in {"recipe": "name", **RECIPE_OPTIONS}.items():
+        given, had = getattr(args, option), getattr(recipe, field)
+        # The device may be another one now, and not know the precision.
+        if given not in (None, had) and option != "precision":
+            raise sae.SAEError(f"--{option} {given} differs from the interrupted run's {had}: leave it out")
+    return replace(recipe, precision=args.precision or recipe.precision)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises SAEError where `name` is not to be had."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in has.items() if there)
+    if not has.get(name, False):
+        raise sae.SAEError(
+            f"device {name!r} is not available here: choose auto, or one of {[d for d in has if has[d]]}"
+        )
+    return torch.device(name)
+
+
+def require_memory(recipe: sae.Recipe, data: sae.Images, device: torch.device) -> None:
+    """Raise SAEError where a training cannot fit, before anything is allocated."""
+    features, rows = recipe.n_members * recipe.d_sae, max(1000, min(recipe.batch_size, len(data.train)))
+    # Weights, gradient, two moments and two copies; pre-activations and two more of their size.
+    needed = 4 * (features * data.train.shape[1] * 6 + rows * features * 3 + data.train.numel())
+    there = math.inf
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info()[0]
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise sae.SAEError(
+            f"--num_saes {recipe.n_members} with --hidden_size {recipe.d_sae} needs about {needed / 1e9:,.0f} GB of "
+            f"memory, and {there / 1e9:,.0f} GB are there: choose smaller ones"
+        )
+
+
+# ---- Data ----------------------------------------------------------------------------
+
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
 def load_data(args) -> sae.Images:
-    data = sae.load_idx(args.data) if args.data else sae.load_mnist()
+    data = sae.load_mnist() if args.data is None else load_idx(user_path("--data", args.data))
     print(f"data: {data.name}, {len(data.train):,} training and {len(data.test):,} test images")
     return data
 
 
+def load_idx(folder: str | Path) -> sae.Images:
+    """A data set in MNIST's file format (Fashion-MNIST, KMNIST, …), named by its folder; MNIST is known by content.
+
+    The four idx files lie, plain or gzipped, in `folder` or in a folder `raw` below it.
+    Raises SAEError where one is missing, damaged or not of the right structure.
+    """
+    folder = Path(folder)
+    try:
+        if not folder.is_dir():
+            raise sae.SAEError(f"{folder} is not a folder: give the one that holds the four idx files")
+        below = folder / "raw"
+        raw = below if below.is_dir() and not any(find(folder, stem) for stem in IDX_FILES) else folder
+        arrays = [read_idx(raw, stem) for stem in IDX_FILES]
+        name = printable(folder.resolve().name or folder)
+    except OSError as error:
+        where, remedy = error.filename or folder, "give yourself access to it, or choose another folder"
+        raise sae.SAEError(f"{where}: {first_line(error)}; {remedy}") from error
+    for i in (0, 2):
+        images, labels = arrays[i], arrays[i + 1]
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or images.size == 0:
+            raise sae.SAEError(
+                f"{raw / IDX_FILES[i]}: images of shape {images.shape} with labels of shape {labels.shape}; "
+                "expected [n, height, width] and [n], none of them 0: replace the pair"
+            )
+    if arrays[0].shape[1:] != arrays[2].shape[1:]:
+        raise sae.SAEError(f"{raw}: training and test images differ in size: replace one of them")
+    is_mnist = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest() == sae._SHA256
+    if is_mnist or name.strip().casefold() == "mnist":
+        name = "MNIST" if is_mnist else "MNIST (not the original)"
+    x, x_test = (torch.tensor(a.reshape(len(a), -1), dtype=torch.float32) / 255 for a in arrays[::2])
+    y, y_test = (torch.from_numpy(a.astype(np.int64)) for a in arrays[1::2])
+    return sae.Images(name, arrays[0].shape[1:], x, y, x_test, y_test, is_mnist)
+
+
+def find(raw: Path, stem: str) -> Path | None:
+    """The file itself, else its gzipped form, else None."""
+    return next((raw / name for name in (stem, f"{stem}.gz") if name in os.listdir(raw)), None)
+
+
+def read_idx(raw: Path, stem: str) -> np.ndarray:
+    """One idx file: two zero bytes, type 8 (unsigned byte), the number of dimensions, their sizes, the data."""
+    path, remedy = find(raw, stem), "replace it with a good copy"
+    if path is None:
+        raise sae.SAEError(f"{raw / stem} is missing (as is {stem}.gz): copy the file there")
+    if path.exists() and not path.is_file():
+        raise sae.SAEError(f"{path} is not a file: {remedy}")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise sae.SAEError(f"{path} is damaged ({first_line(error)}): {remedy}") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
+        start = content[:4].hex() or "nothing"
+        raise sae.SAEError(f"{path} is not an idx file of bytes (it starts with {start}): {remedy}")
+    shape = np.frombuffer(content, ">u4", count=content[3], offset=4).tolist()
+    size, promised = len(content), 4 + 4 * content[3] + math.prod(shape)
+    if size != promised:
+        raise sae.SAEError(f"{path} holds {size:,} bytes where its header promises {promised:,}: {remedy}")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+
+
+# ---- A training run ------------------------------------------------------------------
+
+
+def train(args) -> None:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise sae.SAEError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: start one process, without torchrun")
+    if args.resume and args.out is None:
+        raise sae.SAEError("--resume needs --out DIR: the folder of the run to go on with")
+    # For whatever loads matplotlib first: no window, and no backend of the user's.
+    os.environ["MPLBACKEND"] = "Agg"
+    device, recipe = pick_device(args.device), chosen_recipe(args)
+    data = load_data(args)
+    with run_folder(args) as out, options_as_typed():
+        state = read_state(out) if args.resume else None
+        recipe = resumed_recipe(args, state["recipe"]) if state else recipe
+        require_memory(recipe, data, device)
+        run = Run(CapturedTrainer(recipe, data.train, device), data, out)
+        if state:
+            run.restore(state)
+        print(f"device: {device}; recipe: {recipe.name}; {recipe.n_members} members; writing to {printable(out)}")
+        try:
+            run.require_room()
+            with wandb_run(args.wandb, run):
+                run.train()
+        except KeyboardInterrupt as error:
+            raise Stopped(signal.SIGINT, run.what_is_left()) from error
+    print_summary(run)
+
+
+class Run:
+    """A training that can be stopped at any moment and gone on with: what it did so far, and where it writes."""
+
+    def __init__(self, trainer: CapturedTrainer, data: sae.Images, out: Path):
+        self.trainer, self.data, self.out = trainer, data, out
+        parts = (data.train, data.train_labels, data.test, data.test_labels)
+        self.fingerprint = [data.name, hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()]
+        self.epochs: list[dict] = []  # the entries of `report`
+        self.seconds, self.began = 0.0, time.perf_counter()  # of training alone
+        self.wandb, self.wandb_id = None, uuid.uuid4().hex[:8]
+        self.saved_step: int | None = None  # of the state on the disk
+        self.next_state, self.signal, self.finished = 0.0, 0, False
+        trainer.after_step = self.after_step
+
+    def train(self) -> None:
+        trainer, done = self.trainer, self.trainer.step // self.trainer.steps_per_epoch
+        if self.saved_step is None:
+            self.write_state()
+        self.began, self.next_state = time.perf_counter(), time.monotonic() + STATE_SECONDS
+        with self.noted_signals():
+            # The run may have ended after an epoch's last step, or while its results were written.
+            if len(self.epochs) < done or trainer.step == trainer.total_steps:
+                del self.epochs[done - 1 :]
+                self.after_epoch(trainer)
+            trainer.run(progress=True, after_epoch=self.after_epoch)
+
+    def after_step(self) -> None:
+        within = self.trainer.step % self.trainer.steps_per_epoch  # at its end `after_epoch` writes
+        if self.signal or (within and time.monotonic() >= self.next_state):
+            with self.stopped_clock():
+                self.save_state(may_stop=True)
+
+    def after_epoch(self, trainer) -> None:
+        with self.stopped_clock():
+            entry, activity = report(trainer, self.data)
+            self.epochs.append(entry)
+            last = trainer.step == trainer.total_steps
+            self.save_state(may_stop=not last)
+            figures = plot_run(trainer, self.data, self.epochs, activity) if self.wandb or last else {}
+            if last:
+                self.save_results(figures)
+            self.ask_wandb(lambda run: log_epoch(run, trainer, entry, figures))
+            close(figures)
+
+    @contextlib.contextmanager
+    def stopped_clock(self):
+        if self.trainer.x.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self.began
+        yield
+        self.began = time.perf_counter()
+
+    @contextlib.contextmanager
+    def noted_signals(self):
+        """^C and SIGTERM are noted, and obeyed at the end of the step: Python drops some exceptions of handlers."""
+
+        def note(number, frame):
+            self.signal = number
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # What is ignored (nohup, a shell's &) stays ignored, and None is no handler of Python's.
+        caught = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+        if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+            caught = []
+        for number in caught:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number in caught:
+                signal.signal(number, before[number])
+
+    def save_state(self, may_stop: bool) -> None:
+        """Write the state, then stop if a signal asked for it. A full disk does not end a training that can go on."""
+        stop, failure = self.signal if may_stop else 0, ""
+        try:
+            self.write_state()
+        except OSError as error:
+            failure = f"the state cannot be written ({first_line(error)}): "
+        if stop:
+            raise Stopped(stop, failure + self.what_is_left())
+        if failure:
+            print(f"\n{failure}training goes on; free room", file=sys.stderr)
+        self.next_state = time.monotonic() + STATE_SECONDS
+
+    def what_is_left(self) -> str:
+        if self.finished:
+            return f"the results in {self.out} are complete"
+        if self.saved_step is None:
+            return "no state was written yet; start again, from the beginning"
+        return f"--resume --out {self.out} goes on from step {self.saved_step:,} of {self.trainer.total_steps:,}"
+
+    def write_state(self) -> None:
+        from safetensors.torch import save
+
+        trainer = self.trainer
+        described = {
+            "recipe": asdict(trainer.recipe), "data": self.fingerprint, "step": trainer.step,
+            "restarts": trainer.restarts, "scaler": trainer.scaler.state_dict(), "epochs": self.epochs,
+            "seconds": self.seconds, "wandb_id": self.wandb_id,
+        }  # fmt: skip
+        content = save(trainer.tensors(), {"state": json.dumps(described, allow_nan=False)})
+        write_durably(self.out / STATE, content)
+        self.saved_step = trainer.step
+
+    def restore(self, state: dict) -> None:
+        """Continue from what `read_state` read. Raises SAEError where it does not fit the recipe and the images."""
+        if state["data"] != self.fingerprint:
+            raise sae.SAEError(
+                f"{self.out} was trained on {state['data'][0]} with other images: give the same data again"
+            )
+        try:
+            self.trainer.restore(state)
+            done, within = divmod(state["step"], self.trainer.steps_per_epoch)
+            require(len(state["epochs"]) in (done, done if within else done - 1))
+        except Exception as error:
+            raise unreadable(self.out / STATE, error) from error
+        self.epochs, self.seconds, self.wandb_id = state["epochs"], state["seconds"], state["wandb_id"]
+        self.saved_step = self.trainer.step
+
+    def require_room(self) -> None:
+        """Write, and delete, as many bytes as the run will need: a full disk is found out now."""
+        model = sum(tensor.nbytes for tensor in self.trainer.model.state_dict().values())
+        # A state holds the model and two moments, and is whole before the last one goes; 4 MiB are for the rest.
+        needed = 7 * model + 16 * len(self.trainer.x) + 2**22
+        if self.saved_step is not None:
+            needed = max(0, needed - (self.out / STATE).stat().st_size)
+        try:
+            write_durably(self.out / "room.bin", bytes(needed))
+            (self.out / "room.bin").unlink()
+        except OSError as error:
+            remedy = "free room, then --resume" if self.saved_step is not None else "free room, or choose another --out"
+            raise sae.SAEError(
+                f"--out {self.out} cannot take the {needed / 1e6:,.0f} MB to be written ({first_line(error)}): {remedy}"
+            ) from error
+
+    def save_results(self, figures: dict) -> None:
+        """Write the five files; only when they are safe on the disk does the state go."""
+        try:
+            save_run(self.trainer, self.data, self.epochs, self.seconds, self.out, figures)
+            for name in (*RESULTS, ""):
+                flush_to_disk(self.out / name)
+        except OSError as error:
+            raise sae.SAEError(
+                f"the results cannot be written ({first_line(error)}): free room, then {self.what_is_left()}"
+            ) from error
+        self.finished = True
+        (self.out / STATE).unlink(missing_ok=True)
+
+    def ask_wandb(self, action) -> None:
+        """W&B is a guest: where it fails, training goes on."""
+        try:
+            if self.wandb:
+                action(self.wandb)
+        except Exception as error:
+            print(f"\nW&B failed ({first_line(error)}): going on without it", file=sys.stderr)
+            self.wandb = None
+
+
+def print_summary(run: Run) -> None:
+    test = run.epochs[-1]["test"]
+    names = [name for name in test if name != "matched_cosine" or run.trainer.recipe.n_members > 1]
+    figures = [f"{name} {'undefined' if test[name] is None else f'{np.mean(test[name]):.4f}'}" for name in names]
+    print(
+        f"{run.data.name}, test images, mean of members: {', '.join(figures)}; {run.seconds:.0f} s of training; "
+        f"results in {printable(run.out)}"
+    )
+    for part in ("train", "test"):
+        for name, why in (("pearson", "none of them varies"), ("explained_variance", "all are the mean image")):
+            if run.epochs[-1][part][name] is None:
+                print(f"{name} is undefined on the {part} images: {why}")
+
+
+# ---- Its folder ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def run_folder(args):
+    """The run's folder, made and locked."""
+    out = user_path("--out", args.out) if args.out is not None else Path("runs")
+    new = None
+    try:
+        if args.out is None:
+            out = new = new_folder(out)
+        elif not args.resume:
+            new = None if out.exists() else out
+            out.mkdir(parents=True, exist_ok=True)
+        with locked(out) if out.exists() else contextlib.nullcontext(False) as died:
+            require_free(out, args.resume, died)
+            yield out
+    except OSError as error:
+        raise sae.SAEError(f"--out {out} cannot be used ({first_line(error)}): choose another folder") from error
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # it is not empty
+                new.rmdir()
+
+
+def new_folder(runs: Path) -> Path:
+    runs.mkdir(exist_ok=True)
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):  # of a run that began in the same second
+            (runs / f"{name}{suffix}").mkdir()
+            return runs / f"{name}{suffix}"
+
+
+@contextlib.contextmanager
+def locked(out: Path):
+    """Keep other runs out; the system drops the lock when the process dies, however it dies. Says whether one died."""
+    path = out / LOCK
+    died = path.exists()  # a run that ends, even by an error, takes it away
+    with path.open("ab") as file:
+        try:
+            lock(file)
+            alone = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except OSError as error:  # others than these: a file system without locks
+            alone = error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+        if not alone:
+            raise sae.SAEError(f"{out} is in use by another run: wait for its end, or choose another --out")
+        try:
+            yield died
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def lock(file) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def require_free(out: Path, resume: bool, died: bool) -> None:
+    """Refuse to write over another run, or to resume none; take away what a killed process left half written."""
+    interrupted, finished = os.path.lexists(out / STATE), any((out / name).exists() for name in RESULTS)
+    if not resume and interrupted:
+        raise sae.SAEError(f"{out} already holds a run, interrupted: go on with --resume, or choose another --out")
+    if not resume and finished:
+        raise sae.SAEError(f"{out} already holds a run: choose another --out")
+    if resume and not interrupted:
+        if finished:
+            raise sae.SAEError(f"{out} holds a finished run: there is nothing left to resume")
+        if not died:
+            raise sae.SAEError(f"{out} holds no interrupted run: choose another --out, or leave --resume out")
+        print("the run ended before its first state was written: starting from the beginning")
+    for name in map(Path, (STATE, *RESULTS, "room.bin")):
+        for half in out.glob(f".{name.stem}.*{name.suffix}"):
+            half.unlink()
+    (out / "room.bin").unlink(missing_ok=True)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """After any death the file is the old one or the new one, whole."""
+
+    def write(temporary):
+        temporary.write_bytes(content)
+        flush_to_disk(temporary)
+
+    sae.write_atomically(path, write)
+    flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---- Its state -----------------------------------------------------------------------
+
+
+class CapturedTrainer(sae.Trainer):
+    """A Trainer that can be stored, and on CUDA launches a step, bound by the launches of its kernels, as one graph.
+
+    It is recorded after three plain steps, when optimizer and scaler hold their state.
+    """
+
+    def __init__(self, recipe: sae.Recipe, x: Tensor, device: torch.device | str = "cpu"):
+        super().__init__(recipe, x, device)
+        self.capture, self.graph, self.plain_steps = self.x.device.type == "cuda", None, 0
+        self.after_step = lambda: None
+
+    def train_step(self) -> None:
+        super().train_step()
+        self.after_step()
+
+    def update(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.capture and len(x) == self.recipe.batch_size:
+            self.plain_steps += 1
+            if self.plain_steps > 3 and (self.graph or self.record(x)):
+                self.captured_x.copy_(x)
+                self.graph.replay()
+                return self.captured
+        return super().update(x)
+
+    def record(self, x: Tensor) -> bool:
+        graph, self.captured_x = torch.cuda.CUDAGraph(), x.clone()
+        try:
+            with torch.cuda.graph(graph):
+                self.captured = super().update(self.captured_x)
+            self.graph = graph
+        except RuntimeError as error:
+            print(f"The step cannot be captured ({first_line(error)}): training goes on, more slowly.", file=sys.stderr)
+            self.capture = False
+            scaler = torch.amp.GradScaler(x.device.type, enabled=self.scaler.is_enabled())
+            scaler.load_state_dict(self.scaler.state_dict())  # without the half step that was recorded
+            self.scaler = scaler
+        return self.capture
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training remembers; the history in float64, which holds each of its numbers exactly."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for i, entries in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in entries.items()}
+        tensors |= {f"history.{name}": torch.tensor(rows, dtype=torch.float64) for name, rows in self.history.items()}
+        tensors |= {name: getattr(self, name) for name in ("order", "fires", "use", "scale")}
+        tensors["generator"] = self.generator.get_state()
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def described(self, step: int) -> dict[str, tuple]:
+        """Type and shape of what `tensors` returns after this step."""
+        shapes = {name: (t.dtype, *t.shape) for name, t in self.tensors().items() if not name.startswith("optimizer.")}
+        logged, members = math.ceil(step / self.log_every), [self.recipe.n_members] if step else []
+        for name in self.history:
+            shapes[f"history.{name}"] = (torch.float64, logged, *([] if name in ("step", "consistency") else members))
+        shapes["order"] = torch.int64, len(self.x) if step else 0
+        parameters = [(p.dtype, *p.shape) for group in self.optimizer.param_groups for p in group["params"]]
+        for i, shape in enumerate(parameters if step else []):
+            shapes |= {f"optimizer.{i}.exp_avg": shape, f"optimizer.{i}.exp_avg_sq": shape}
+            shapes[f"optimizer.{i}.step"] = (torch.float32,)
+        return shapes
+
+    def restore(self, state: dict) -> None:
+        """Continue from tensors and numbers of another of the same recipe and images. Raises where they do not fit."""
+        tensors, step = state["tensors"], state["step"]
+        found = {name: (t.dtype, *t.shape) for name, t in tensors.items()}
+        require(step <= self.total_steps, found == self.described(step))
+        require(not step or tensors["order"].sort()[0].equal(torch.arange(len(self.x))))
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition(".")
+            groups.setdefault(group, {})[rest] = tensor
+        self.model.load_state_dict(groups["model"])
+        # Only moments come from the file: flags, and the kind of lr, are those of this device.
+        optimizer = self.optimizer.state_dict()
+        for name, tensor in groups.get("optimizer", {}).items():
+            i, entry = name.split(".")
+            optimizer["state"].setdefault(int(i), {})[entry] = tensor
+        self.optimizer.load_state_dict(optimizer)
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        for name in ("order", "fires", "use", "scale"):
+            setattr(self, name, tensors[name].to(getattr(self, name)))
+        self.generator.set_state(tensors["generator"])
+        self.history = {name: groups["history"][name].tolist() for name in self.history}
+        self.history["step"] = list(map(int, self.history["step"]))
+        self.step, self.restarts = step, [tuple(pair) for pair in state["restarts"]]
+
+
+def read_state(out: Path) -> dict | None:
+    """What `Run.write_state` wrote, or None where nothing is. Nothing of it is run, or taken on trust."""
+    from safetensors import safe_open
+
+    path = out / STATE
+    if not os.path.lexists(path):
+        return None
+    try:
+        require(path.is_file())
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            state = json.loads(file.metadata()["state"])
+        require(state["recipe"].keys() == {field.name for field in fields(sae.Recipe)})
+        recipe = state["recipe"] = sae.Recipe(**state["recipe"])
+        # Before anything of the size that it promises is made.
+        M, same = recipe.n_members, list(tensors["model.W"].shape[:2]) == [recipe.n_members, recipe.d_sae]
+        flags = [getattr(recipe, field.name) for field in fields(recipe) if field.type == "bool"]
+        require(same, all(type(flag) is bool for flag in flags), type(recipe.name) is str)
+        require(type(state["step"]) is int, state["step"] >= 0, finite(state["seconds"], *state["scaler"].values()))
+        require(all(type(step) is type(m) is int for step, m in state["restarts"]))
+        require(re.fullmatch("[0-9a-z]{1,64}", state["wandb_id"]), list(map(type, state["data"])) == [str, str])
+        for entry in state["epochs"]:
+            require(finite(entry["epoch"], entry["step"]), entry.keys() == {"epoch", "step", "train", "test"})
+            for part in (entry["train"], entry["test"]):
+                cosine, rest = part["matched_cosine"], [part[name] for name in QUALITY if part[name] is not None]
+                require(cosine is None or finite(cosine), all(len(values) == M and finite(*values) for values in rest))
+    except Exception as error:
+        raise unreadable(path, error) from error
+    return state | {"tensors": tensors}
+
+
+def require(*conditions: object) -> None:
+    if not all(conditions):
+        raise ValueError("it contradicts itself")
+
+
+def finite(*values: object) -> bool:
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+
+
+def unreadable(path: Path, error: Exception) -> sae.SAEError:
+    return sae.SAEError(f"{path} cannot be used ({first_line(error)}): start a new run with another --out")
+
+
+# ---- What it leaves: figures and pictures --------------------------------------------
+
+
+def report(trainer: sae.Trainer, data: sae.Images) -> tuple[dict, Tensor]:
+    """Quality of what has been trained so far, for a file: epoch, step, and under `train` and `test` the metrics.
+
+    Each has a number for each member, or is None where it is undefined; `matched_cosine` is one
+    number. As many training images are evaluated as there are test images, so that dead
+    fractions compare. Returns the entry, and the activity [M, d_sae] on test images.
+    Raises SAEError where training has diverged.
+    """
+    x_test, mean, features = data.test.to(trainer.x.device), trainer.x.mean(0), trainer.model.features()
+    entry = {"epoch": trainer.step // trainer.steps_per_epoch, "step": trainer.step}
+    for part, x in (("train", trainer.x[: len(x_test)]), ("test", x_test)):
+        quality = sae.evaluate(trainer.model, x, mean)
+        trainer.require_finite(quality["mse"])
+        entry[part] = {name: quality[name].tolist() for name in QUALITY}
+        if not (x.amax(1) > x.amin(1)).any():
+            entry[part]["pearson"] = None
+        # The mean of equal images differs from them by float32's rounding.
+        if sae.mse(x, mean.expand_as(x)) <= 1e-12 * x.square().mean():
+            entry[part]["explained_variance"] = None
+    cosine = sae.matched_cosine(features) if len(features) > 1 else None
+    for part in ("train", "test"):
+        entry[part]["matched_cosine"] = cosine
+    return entry, quality["activity"]
+
+
+def save_run(trainer, data: sae.Images, epochs: list[dict], seconds: float, folder: Path, figures: dict) -> None:
+    """Write what a finished run leaves: the model, the pictures and, last, `metrics.json`.
+
+    `epochs` are the entries of `report`; `seconds` is the time of training alone.
+    """
+    recipe, device = trainer.recipe, trainer.x.device.type
+    metrics = {
+        "data": data.name, "is_mnist": data.is_mnist, "recipe": asdict(recipe), "epochs": epochs,
+        "final": {part: epochs[-1][part] for part in ("train", "test")}, "restarts": trainer.restarts,
+        "train_images_evaluated": min(len(data.train), len(data.test)), "seconds": seconds,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device, "torch": torch.__version__,
+        "seed": recipe.seed,
+    }  # fmt: skip
+    trainer.model.save(folder / "sae.safetensors", data=data.name, recipe=recipe.name)
+    save_pictures(figures, folder)
+    text = json.dumps(metrics, indent=1, allow_nan=False)
+    sae.write_atomically(folder / "metrics.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def plain_style():
+    """Matplotlib as it comes: no setting of the user's changes a picture, and no `$` in a name is markup."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["text.parse_math"] = False
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # letters of a name
+        yield
+
+
+@plain_style()
+def plot_reconstructions(model: sae.TopKSAE, data: sae.Images):
+    """Test images above member 0's reconstructions: the best, median and worst four by Pearson of the first 2,000."""
+    x, columns = data.test[:2000], 12  # so few, because the picture is logged after each epoch
+    with torch.no_grad():
+        x_hat = torch.cat([model(part.to(model.W.device))[0].cpu() for part in x.split(1000)])
+    scores = sae.pearson(x[:, None], x_hat[:, None])
+    chosen, middle, what = scores.argsort(descending=True), len(x) // 2, f"all {len(x)} test images, best first"
+    if len(x) > columns:
+        chosen = torch.cat([chosen[:4], chosen[middle - 2 : middle + 2], chosen[-4:]])
+        what = f"best, median, worst four of {len(x):,} test images"
+    kind, empty = "digit" if data.is_mnist else "label", columns - len(chosen)
+    titles = [f"{kind} {label}" for label in data.test_labels[chosen].tolist()] + [""] * empty
+    titles += [f"{score:.3f}" for score in scores[chosen].tolist()]
+    rows = [x[chosen], torch.full((empty, x.shape[1]), math.nan), x_hat[chosen]]
+    return sae.show_images(
+        torch.cat(rows), data, f"{what}; below, reconstructions with their Pearson", titles, columns=columns
+    )
+
+
+@plain_style()
+def plot_training(history: dict[str, list], data: sae.Images, epochs: list[dict] | tuple = ()):
+    """Loss and Pearson on training batches over steps, a line per member; dots: test images after each epoch.
+
+    `epochs` has for each epoch its last `step` and, under `test`, `mse` and `pearson` per member.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), facecolor="white")
+    figure.subplots_adjust(left=0.085, right=0.99, bottom=0.15, top=0.91, wspace=0.2)  # a layout engine takes longer
+    for axis, name, label in zip(axes, ("mse", "pearson"), ("MSE (per pixel)", "Pearson correlation")):
+        axis.plot(history["step"], history[name], color="tab:blue", alpha=0.5, linewidth=0.8)
+        axis.plot([], [], color="tab:blue", label="training batches, a line per member")
+        dots = [(entry["step"], np.mean(entry["test"][name])) for entry in epochs if entry["test"][name]]
+        if dots:
+            axis.plot(*zip(*dots), "ko", markersize=5, label="test images, mean of members")
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.set_title(f"{data.name}: {label.split()[0]}, last batch {np.mean(history[name][-1]):.4f}", fontsize=10)
+    if np.min(history["mse"]) > 0:
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[0].yaxis.set_major_formatter("{x:g}")  # powers of ten would need more room than there is
+        axes[0].yaxis.set_minor_formatter(NullFormatter())
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+@plain_style()
+def plot_features(model: sae.TopKSAE, activity: Tensor, data: sae.Images, n: int = 80):
+    """Member 0's features at n evenly spaced ranks of use, most used first."""
+    ranked = activity[0].argsort(descending=True).cpu()
+    chosen = ranked[torch.linspace(0, len(ranked) - 1, min(n, len(ranked))).long()]
+    dead, rare = ((activity[0] < share).float().mean().item() for share in (1e-12, 1e-3))
+    title = f"{len(chosen)} of {model.d_sae:,} features by use; light adds ink, dark removes it"
+    images = model.features()[0].cpu()[chosen]
+    return sae.show_images(images, data, f"{title}; {dead:.1%} dead, {rare:.1%} rare", signed=True)
+
+
+def plot_run(trainer: sae.Trainer, data: sae.Images, epochs: list[dict], activity: Tensor) -> dict:
+    """The three pictures of a run by name; `epochs` and `activity` come from `report`. The caller closes them."""
+    return {
+        "reconstructions": plot_reconstructions(trainer.model, data),
+        "training_metrics": plot_training(trainer.history, data, epochs),
+        "sae_features": plot_features(trainer.model, activity, data),
+    }
+
+
+@plain_style()
+def save_pictures(figures: dict, folder: str | Path) -> None:
+    """Write each figure to `folder` under its name, as PNG."""
+    for name, figure in figures.items():
+        path = Path(folder) / f"{name}.png"
+        sae.write_atomically(path, lambda temporary, figure=figure: figure.savefig(temporary, dpi=90))
+
+
+def close(figures: dict) -> None:
+    import matplotlib.pyplot as plt
+
+    for figure in figures.values():
+        plt.close(figure)
+
+
+# ---- Weights & Biases ----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def wandb_run(mode: str, run: Run):
+    """A W&B run beside the training, and the model sent after it; its exit code is the process's."""
+    if mode == "disabled":
+        yield
+        return
+    folder, code = str(run.out.resolve() / "wandb"), 2
+    os.environ["WANDB_MODE"] = mode
+    for name, value in (("WANDB_SILENT", "true"), ("WANDB_DATA_DIR", folder), ("WANDB_CACHE_DIR", folder)):
+        os.environ.setdefault(name, value)
+    run.wandb = start_wandb(mode, run)
+    try:
+        yield
+        run.ask_wandb(lambda started: log_model(started, run.out))
+        code = 0
+    except Stopped as stop:
+        code = 128 + stop.args[0]
+        raise
+    except KeyboardInterrupt:
+        code = 130
+        raise
+    finally:
+        run.ask_wandb(lambda started: started.finish(exit_code=code))
+
+
+def start_wandb(mode: str, run: Run):
+    """Raises SAEError where W&B cannot be reached."""
+    before, sys.stdin = sys.stdin, io.StringIO()  # no terminal, so that W&B never asks for a login
+    try:
+        import wandb
+
+        if mode == "online":
+            wandb.login(verify=True)
+        return wandb.init(
+            project="mnist-sae", mode=mode, dir=str(run.out), id=run.wandb_id,
+            resume="allow" if mode == "online" else None,
+            config=asdict(run.trainer.recipe) | {"data": run.data.name, "is_mnist": run.data.is_mnist},
+            settings=wandb.Settings(init_timeout=20),
+        )  # fmt: skip
+    except Exception as error:
+        remedy = "run `wandb login` once, check key and network, or use --wandb offline"
+        raise sae.SAEError(f"--wandb {mode} cannot begin ({first_line(error)}): {remedy}") from error
+    finally:
+        sys.stdin = before
+
+
+@plain_style()
+def log_epoch(run, trainer: sae.Trainer, entry: dict, figures: dict) -> None:
+    """Log an epoch to a Weights & Biases run: training every `log_every` steps, the entry of `report`, pictures.
+
+    Numbers are means over the members. Training has a matched cosine where a consistency loss
+    keeps the members aligned; the test images have it always.
+    """
+    from wandb import Image
+
+    history = trainer.history
+    for i, step in enumerate(history["step"]):
+        if step >= entry["step"] - trainer.steps_per_epoch:
+            values = {f"train/{name}": float(np.mean(values[i])) for name, values in history.items()}
+            if trainer.consistent:
+                values["train/matched_cosine"] = 1 - history["consistency"][i]
+            run.log(values, step=step)
+    evaluated = {f"test/{name}": float(np.mean(value)) for name, value in entry["test"].items() if value is not None}
+    run.log(evaluated | {name: Image(figure) for name, figure in figures.items()}, step=entry["step"])
+
+
+def log_model(run, out: Path) -> None:
+    import wandb
+
+    artifact = wandb.Artifact("sae", type="model")
+    artifact.add_file(str(out / "sae.safetensors"), policy="immutable")  # the other policy copies it
+    run.log_artifact(artifact)
+
+
+# ---- The initial loss ----------------------------------------------------------------
+
+
+@options_as_typed()
 def analyze_loss(args) -> None:
     """Baselines, the initial loss of each member, the prediction, the verdict."""
-    recipe, device = chosen_recipe(args), sae.pick_device(args.device)
+    recipe, device = chosen_recipe(args), pick_device(args.device)
     data = load_data(args)
+    require_memory(recipe, data, device)
     mean = data.train.mean(0)
     model = sae.Trainer(replace(recipe, decoder_bias=False), data.train, device).model
-    energy = data.train.square().mean().item()
+    energy, baseline = data.train.square().mean().item(), sae.mse(data.train, mean.expand_as(data.train)).item()
     print(f"zero image, training images:          MSE {energy:.4f}")
-    for part, x in (("training", data.train), ("test", data.test)):
-        print(f"mean image, {part + ' images:':<25} MSE {sae.mse(x, mean.expand_as(x)):.4f}")
+    print(f"mean image, training images:          MSE {baseline:.4f}")
+    print(f"mean image, test images:              MSE {sae.mse(data.test, mean.expand_as(data.test)):.4f}")
     quality = sae.evaluate(model, data.train.to(device), mean.to(device))
     initial = quality["mse"].tolist()
     for m, (loss, correlation) in enumerate(zip(initial, quality["pearson"].tolist())):
         print(f"member {m}, untrained, training images: MSE {loss:.4f}, Pearson {correlation:.2f}")
-    predicted = sae.predict_initial_mse(energy, model.d_in, model.d_sae, model.k)
+    predicted, loss = predict_initial_mse(energy, model.d_in, model.d_sae, model.k), np.mean(initial)
     print(f"predicted from order statistics:      MSE {predicted:.4f}")
-    loss, baseline = np.mean(initial), sae.mse(data.train, mean.expand_as(data.train)).item()
+    apart = f"{abs(loss / predicted - 1):.1%} {'below' if loss < predicted else 'above'}" if predicted else "as in"
     print(
-        f"verdict: the mean initial loss {loss:.4f} is {abs(loss / predicted - 1):.1%} "
-        f"{'below' if loss < predicted else 'above'} the prediction, and {'worse' if loss > baseline else 'better'} "
-        f"than the mean image ({baseline:.4f}), which looks at no pixel"
+        f"verdict: the mean initial loss {loss:.4f} is {apart} the prediction, and "
+        f"{'worse' if loss > baseline else 'better'} than the mean image ({baseline:.4f}), which looks at no pixel"
     )
 
 
-def train(args) -> None:
-    device = sae.pick_device(args.device)
-    check_wandb(args.wandb)
-    if args.resume and not args.out:
-        raise sae.SAEError("--resume needs --out DIR: the folder of the run to go on with")
-    out = Path(args.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    state = read_state(out) if args.resume else None
-    recipe = resumed_recipe(args, state) if state else chosen_recipe(args)
-    if not state:
-        prepare(out)
-    data = load_data(args)
-    fingerprint = [data.name, len(data.train), data.train.double().sum().item()]
-    if state and state["data"] != fingerprint:
-        raise sae.SAEError(f"{out} was trained on {state['data'][0]} with other images: give the same data again")
-    print(f"device: {device}; recipe: {recipe.name}; {recipe.n_members} members; writing to {out}")
+def predict_initial_mse(energy: float, d_in: int, d_sae: int, k: int) -> float:
+    """MSE of an untrained, orthogonally initialised top-k SAE, from order statistics alone.
 
-    matplotlib.use("Agg")
-    trainer = sae.Trainer(recipe, data.train, device)
-    epochs, seconds = [], 0.0
-    if state:
-        trainer.load_state_dict(state["trainer"])
-        epochs, seconds = state["epochs"], state["seconds"]
-    run = start_wandb(args.wandb, recipe, data, out)
-    began = time.perf_counter()
+    `energy` is the mean squared pixel, E‖x‖² / d_in (the MSE of the zero image). The
+    d_sae pre-activations of an image are close to Gaussian, of variance ‖x‖² / max(d_in, d_sae).
+    The k largest of them carry the share  q = t + τ φ(τ)  of their energy, with t = k / d_sae
+    and τ the value that a standard Gaussian exceeds with probability t. The image comes back
+    too faint, as q / c of itself (c: length of a row), with noise of energy q (1 - q) ‖x‖²;
+    notebook 02 derives this. With d_sae ≤ d_in rows are orthonormal and there is no noise.
+    """
+    from scipy.stats import norm
 
-    def after_epoch(trainer):
-        nonlocal seconds, began
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - began
-        entry, activity = sae.report(trainer, data)
-        epochs.append(entry)
-        last = trainer.step == trainer.total_steps
-        if last:
-            sae.save_run(trainer, data, epochs, seconds, out)
-        if run or last:
-            figures = sae.plot_run(trainer, data, epochs, activity)
-            if run:
-                sae.log_epoch(run, trainer, entry, figures)
-            if last:
-                sae.save_pictures(figures, out)
-            plt.close("all")
-        if not last:
-            saved = {"trainer": trainer.state_dict(), "epochs": epochs, "seconds": seconds, "data": fingerprint}
-            sae.write_atomically(out / STATE, lambda path: torch.save(saved, path))
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-        began = time.perf_counter()
-
-    with remembered_interrupt() as interrupted:
-        trainer.run(progress=True, after_epoch=after_epoch)
-    if run:
-        finish_wandb(run, out)
-    (out / STATE).unlink(missing_ok=True)
-    test = epochs[-1]["test"]
-    print(
-        f"{data.name}, test images, mean of members: "
-        + ", ".join(
-            f"{name} {np.mean(test[name]):.4f}" for name in ("mse", "pearson", "explained_variance", "dead_fraction")
-        )
-        + (f", matched cosine {test['matched_cosine']:.3f}" if recipe.n_members > 1 else "")
-        + f"; {seconds:.0f} s of training; results in {out}"
-    )
-
-
-@contextlib.contextmanager
-def remembered_interrupt():
-    """Note that ^C was pressed: Python drops a KeyboardInterrupt that is raised within a destructor or callback."""
-    pressed = threading.Event()
-
-    def handle(number, frame):
-        pressed.set()
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
-        yield pressed
-        return
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def prepare(out: Path) -> None:
-    """Make `out`; refuse to write over another run, and find out now whether writing works."""
-    try:
-        if (out / STATE).exists():
-            raise sae.SAEError(f"{out} already holds a run, interrupted: go on with --resume, or choose another --out")
-        if (out / "sae.safetensors").exists():
-            raise sae.SAEError(f"{out} already holds a run: choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        sae.write_atomically(out / STATE, lambda path: path.touch())
-        (out / STATE).unlink()
-    except OSError as error:
-        raise sae.SAEError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
-
-
-def read_state(out: Path) -> dict:
-    path = out / STATE
-    try:
-        if not path.exists():
-            raise sae.SAEError(f"{path} does not exist: there is no interrupted run to resume in {out}")
-        state = torch.load(path, weights_only=True)
-        # A state of another version may hold other settings, or miss some.
-        sae.Recipe(**state["trainer"]["recipe"])
-        _ = state["trainer"]["scaler"], state["trainer"]["fires_at_look_before"]
-        return {name: state[name] for name in ("trainer", "epochs", "seconds", "data")}
-    except sae.SAEError:
-        raise
-    except Exception as error:  # torch.load fails in many ways on a file that is not its own
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise sae.SAEError(f"{path} cannot be read ({reason}): start a new run with another --out") from error
-
-
-def resumed_recipe(args, state: dict) -> sae.Recipe:
-    """The interrupted run's recipe; an option that contradicts it is an error, not ignored."""
-    recipe = sae.Recipe(**state["trainer"]["recipe"])
-    for option, field in {"recipe": "name", **RECIPE_OPTIONS}.items():
-        given, had = getattr(args, option), getattr(recipe, field)
-        if given not in (None, had):
-            raise sae.SAEError(f"--{option} {given} differs from the interrupted run's {had}: leave it out")
-    return recipe
-
-
-def check_wandb(mode: str) -> None:
-    """An online run without a login would stop and ask for one."""
-    if mode != "online":
-        return
-    from requests.utils import get_netrc_auth  # comes with wandb
-
-    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
-    # The two places where wandb looks for its key.
-    if not os.environ.get("WANDB_API_KEY") and not get_netrc_auth(f"https://{host}"):
-        raise sae.SAEError("--wandb online needs a login: run `wandb login` once, or use --wandb offline")
-
-
-def start_wandb(mode: str, recipe, data, out):
-    """A Weights & Biases run, or None."""
-    if mode == "disabled":
-        return None
-    import wandb
-
-    os.environ.setdefault("WANDB_SILENT", "true")
-    config = {field.name: getattr(recipe, field.name) for field in fields(recipe)} | {"data": data.name}
-    return wandb.init(project="mnist-sae", mode=mode, dir=str(out), config=config)
-
-
-def finish_wandb(run, out) -> None:
-    import wandb
-
-    artifact = wandb.Artifact("sae", type="model")
-    artifact.add_file(str(out / "sae.safetensors"))
-    run.log_artifact(artifact)
-    run.finish()
+    t = k / d_sae
+    threshold = norm.isf(t)
+    q = t + (threshold * norm.pdf(threshold) if t < 1 else 0)
+    if d_sae <= d_in:
+        return energy * (1 - q * d_sae / d_in)
+    c = math.sqrt(d_in / d_sae)
+    return energy * ((1 - q / c) ** 2 + q * (1 - q))
 
 
 if __name__ == "__main__":

@@ -1,36 +1,40 @@
-"""The command line: what it writes, what it refuses, and how it goes on after a kill."""
+"""The command line: what it writes, what it refuses, what it prints, and what it tells Weights & Biases."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import http.server
 import io
 import json
+import multiprocessing
 import os
 import re
-import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN_IMAGES, without_permission, write_small
+from conftest import TRAIN_IMAGES, TRAIN_LABELS, idx, write_small
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import mnist_sae_train
+import mnist_sae_train as cli
 import sae_helpers as sae
 
-SCRIPT = Path(mnist_sae_train.__file__).resolve()
+SCRIPT = Path(cli.__file__).resolve()
 TINY = ["--hidden_size", "24", "--k", "3", "--num_saes", "2", "--epochs", "2", "--batch_size", "32", "--device", "cpu"]
 RESULTS = {"sae.safetensors", "metrics.json", "reconstructions.png", "training_metrics.png", "sae_features.png"}
-QUALITY = ("mse", "pearson", "explained_variance", "dead_fraction")
+QUALITY = ("mse", "pearson", "explained_variance", "dead_fraction", "rare_fraction")
 SECONDS = 120  # far above what any process here takes
+LOADED = ["mnist_sae_train", "matplotlib.pyplot", "scipy.optimize", "torchvision.datasets", "pytest", "tqdm.auto"]
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +49,16 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    """Exit status and standard output of a run that is expected to work."""
-    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()):
-        status = mnist_sae_train.main([str(argument) for argument in arguments])
-    assert status == 0
+    """Standard output of a run that is expected to work."""
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
+        status = cli.main([str(argument) for argument in arguments])
+    assert status == 0, errors.getvalue()
     return output.getvalue()
 
 
 def assert_refused(capsys, arguments, *parts):
     """Exit status 2, and one line that holds all of `parts`."""
-    assert mnist_sae_train.main([str(argument) for argument in arguments]) == 2
+    assert cli.main([str(argument) for argument in arguments]) == 2
     assert_one_line(capsys.readouterr().err, *parts)
 
 
@@ -69,7 +73,71 @@ def strict_json(path):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    return json.loads(path.read_text(), parse_constant=refuse)
+    return json.loads(path.read_bytes().decode(), parse_constant=refuse)
+
+
+def child(arguments, folder, output, environment, state_seconds, kill_at):
+    """Runs in a process of its own."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), number)
+    cli.STATE_SECONDS = state_seconds
+    original, calls = sae.write_atomically, []
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_atomically(path, write):
+        def half(temporary):
+            write(temporary)
+            os.truncate(temporary, temporary.stat().st_size // 2)
+            die()
+
+        calls.append(path)
+        now = kill_at[0] if len(calls) == kill_at[1] else None
+        if now == "replace":
+            os.replace = lambda *_: die()
+        original(path, half if now == "write" else write)
+
+    sae.write_atomically = write_atomically
+    sys.exit(cli.main(arguments))
+
+
+class Process:
+    """A command in a process of its own, forked from one that has loaded all modules: that takes seconds."""
+
+    server = multiprocessing.get_context("forkserver")
+
+    def __init__(self, arguments, state_seconds=30, kill_at=(None, 0), environment=None):
+        self.server.set_forkserver_preload(LOADED)
+        descriptor, name = tempfile.mkstemp()
+        os.close(descriptor)
+        self.output = Path(name)
+        arguments, environment = [str(argument) for argument in arguments], dict(environment or os.environ)
+        self.process = self.server.Process(
+            target=child, args=(arguments, Path.cwd(), self.output, environment, state_seconds, kill_at), daemon=True
+        )
+        self.process.start()
+
+    def alive(self):
+        return self.process.is_alive()
+
+    def wait(self, seconds=SECONDS):
+        """The exit status, or None where it is still at work then."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    def send(self, number):
+        os.kill(self.process.pid, number)
+
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+
+    def printed(self):
+        return self.output.read_text(errors="replace")
 
 
 # What a run writes
@@ -119,7 +187,7 @@ def test_recipe_is_recorded(finished):
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_metrics_are_those_of_the_checkpoint(finished, letters, part):
     out, _ = finished
-    data = sae.load_idx(letters)
+    data = cli.load_idx(letters)
     x = data.test if part == "test" else data.train[:40]  # as many as test images
     model = sae.TopKSAE.load(out / "sae.safetensors")
     quality = sae.evaluate(model, x, data.train.mean(0))
@@ -130,7 +198,7 @@ def test_metrics_are_those_of_the_checkpoint(finished, letters, part):
 
 
 def test_checkpoint_can_be_used_from_its_description_alone(finished, letters):
-    tensors, x = load_file(finished[0] / "sae.safetensors"), sae.load_idx(letters).test
+    tensors, x = load_file(finished[0] / "sae.safetensors"), cli.load_idx(letters).test
     with safe_open(finished[0] / "sae.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert metadata == dict(
@@ -218,7 +286,7 @@ def test_fault_is_named_as_the_user_typed_it(capsys, letters, option):
 )
 def test_fault_that_argparse_finds_ends_with_status_2(capsys, arguments):
     with pytest.raises(SystemExit) as ended:
-        mnist_sae_train.main(arguments.split())
+        cli.main(arguments.split())
     assert ended.value.code == 2
     usage, *message = re.split(r"\n(?=\S+: error: )", capsys.readouterr().err)
     assert usage.startswith("usage: ")
@@ -232,11 +300,11 @@ def test_missing_cuda_is_named_in_one_line(capsys, letters):
 
 def test_help_describes_every_option(capsys):
     with pytest.raises(SystemExit) as ended:
-        mnist_sae_train.main(["--help"])
+        cli.main(["--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
     for option in (
-        *mnist_sae_train.RECIPE_OPTIONS,
+        *cli.RECIPE_OPTIONS,
         "device",
         "analyze_loss",
         "recipe",
@@ -257,235 +325,9 @@ def test_damaged_data_is_named_in_one_line(capsys, tmp_path):
 @pytest.mark.parametrize("num_saes", [1, 2])
 def test_run_that_diverges_is_named_in_one_line(capsys, letters, num_saes):
     arguments = ["--data", letters, *TINY, "--num_saes", num_saes, "--learning_rate", "1e30", "--out", "out"]
-    assert mnist_sae_train.main([str(argument) for argument in arguments]) == 2
+    assert cli.main([str(argument) for argument in arguments]) == 2
     last = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]  # after the progress bar
     assert "error: " in last and "learning_rate" in last
-
-
-# Where it cannot write
-
-
-def test_file_in_place_of_out_is_named(capsys, letters):
-    Path("file").touch()
-    assert_refused(capsys, ["--data", letters, *TINY, "--out", "file"], "--out file", "choose another folder")
-
-
-def test_out_below_a_file_is_named(capsys, letters):
-    Path("file").touch()
-    assert_refused(capsys, ["--data", letters, *TINY, "--out", "file/out"], "--out file/out", "choose another folder")
-
-
-@pytest.mark.parametrize("out", ["closed", "closed/out"])
-@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["read-only", "locked"])
-def test_out_without_permission_is_named(capsys, reachable, out, mode):
-    letters = write_small(reachable / "letters")
-    (reachable / "closed").mkdir()
-    with without_permission(reachable / "closed", mode):
-        assert_refused(
-            capsys, ["--data", letters, *TINY, "--out", reachable / out], reachable / out, "choose another folder"
-        )
-
-
-@pytest.mark.parametrize("name", ["sae.safetensors", "training_state.pt"])
-def test_another_run_is_not_overwritten(capsys, letters, name):
-    Path("out").mkdir()
-    Path("out", name).write_text("precious")
-    assert_refused(capsys, ["--data", letters, *TINY, "--out", "out"], "out already holds a run", "choose another")
-    assert [(path.name, path.read_text()) for path in Path("out").iterdir()] == [(name, "precious")]
-
-
-# Interrupted runs
-
-EPOCHS = 200  # a run so long that no hitch of the machine lets it end before the signal
-MANY = [*TINY, "--epochs", str(EPOCHS), "--consistency_weight", "0.1"]
-
-
-def start(arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-def interrupted_by(signal_number, letters, out):
-    """Exit status and standard error of a run that gets the signal after an epoch, long before its end."""
-    process = start(["--data", letters, *MANY, "--out", out])
-    try:
-        end = time.monotonic() + SECONDS
-        while not (out / "training_state.pt").exists():
-            assert process.poll() is None and time.monotonic() < end, process.stderr.read()
-            time.sleep(0.005)
-        process.send_signal(signal_number)
-        _, errors = process.communicate(timeout=SECONDS)
-    finally:
-        process.kill()
-        process.wait()
-    assert not (out / "sae.safetensors").exists(), f"it ran to its end: status {process.returncode}, {errors}"
-    return process.returncode, errors
-
-
-@pytest.fixture(scope="module")
-def killed(letters, tmp_path_factory):
-    out = tmp_path_factory.mktemp("killed") / "out"
-    status, _ = interrupted_by(signal.SIGKILL, letters, out)
-    assert status == -signal.SIGKILL
-    return out
-
-
-@pytest.fixture
-def interrupted(killed):
-    """A copy, in this test's own folder."""
-    return Path(shutil.copytree(killed, "interrupted"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(letters, tmp_path_factory):
-    out = tmp_path_factory.mktemp("uninterrupted") / "out"
-    run("--data", letters, *MANY, "--out", out)
-    return out
-
-
-def header_and_numbers(path):
-    """safetensors writes its header's entries in an order that changes from file to file; the rest is bit for bit."""
-    content = path.read_bytes()
-    end = 8 + struct.unpack_from("<Q", content)[0]
-    return json.loads(content[8:end]), content[end:]
-
-
-def assert_as_if_uninterrupted(out, uninterrupted):
-    assert header_and_numbers(out / "sae.safetensors") == header_and_numbers(uninterrupted / "sae.safetensors")
-    metrics, expected = (strict_json(folder / "metrics.json") for folder in (out, uninterrupted))
-    assert len(expected["epochs"]) == EPOCHS
-    for name in ("recipe", "epochs", "final"):
-        assert metrics[name] == expected[name]
-    assert (out / "training_metrics.png").read_bytes() == (uninterrupted / "training_metrics.png").read_bytes()
-    assert not (out / "training_state.pt").exists()
-
-
-def test_killed_run_is_resumed_bit_for_bit(letters, interrupted, uninterrupted):
-    run("--data", letters, "--resume", "--out", interrupted)
-    assert_as_if_uninterrupted(interrupted, uninterrupted)
-
-
-def test_options_that_agree_may_be_given_again(letters, interrupted, uninterrupted):
-    run("--data", letters, *MANY, "--recipe", "improved", "--resume", "--out", interrupted)
-    assert_as_if_uninterrupted(interrupted, uninterrupted)
-
-
-def test_keyboard_interrupt_ends_with_status_130_and_can_be_resumed(letters, tmp_path, uninterrupted):
-    status, errors = interrupted_by(signal.SIGINT, letters, tmp_path / "out")
-    assert status == 130
-    last = errors.replace("\r", "\n").splitlines()[-1]  # after the progress bar
-    assert "stopped" in last and "--resume" in last
-    assert "Traceback" not in errors
-    run("--data", letters, "--resume", "--out", tmp_path / "out")
-    assert_as_if_uninterrupted(tmp_path / "out", uninterrupted)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_interrupt_that_python_drops_stops_at_the_end_of_the_epoch(capsys, letters, tmp_path, monkeypatch):
-    class Dropped:
-        def __del__(self):
-            signal.raise_signal(signal.SIGINT)
-
-    original, steps = sae.Trainer.train_step, []
-
-    def train_step(trainer):
-        steps.append(trainer.step)
-        if trainer.step == 1:
-            Dropped()
-        original(trainer)
-
-    monkeypatch.setattr(sae.Trainer, "train_step", train_step)
-    arguments = ["--data", letters, *TINY, "--out", tmp_path / "out"]
-    assert mnist_sae_train.main([str(argument) for argument in arguments]) == 130
-    assert "--resume" in capsys.readouterr().err
-    assert steps == [0, 1, 2, 3] and (tmp_path / "out" / "training_state.pt").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@pytest.mark.parametrize(
-    "option, given, had",
-    [
-        ("k", 4, 3),
-        ("epochs", 3, EPOCHS),
-        ("seed", 1, 0),
-        ("learning_rate", 0.5, 0.002),
-        ("recipe", "reference", "improved"),
-    ],
-)
-def test_resuming_with_another_option_is_refused(capsys, letters, interrupted, option, given, had):
-    arguments = ["--data", letters, "--resume", "--out", interrupted, f"--{option}", given]
-    assert_refused(capsys, arguments, f"--{option} {given}", had, "leave it out")
-    assert (interrupted / "training_state.pt").exists()
-
-
-def test_resuming_on_other_data_is_refused(capsys, tmp_path, interrupted):
-    other = write_small(tmp_path / "numbers")
-    assert_refused(capsys, ["--data", other, "--resume", "--out", interrupted], "letters", "same data")
-
-
-def test_resuming_on_changed_data_is_refused(capsys, tmp_path, interrupted):
-    other = write_small(tmp_path / "letters", n_train=90)  # of the same name
-    assert_refused(capsys, ["--data", other, "--resume", "--out", interrupted], "letters", "same data")
-
-
-def test_interrupted_run_is_not_started_anew(capsys, letters, interrupted):
-    assert_refused(capsys, ["--data", letters, *MANY, "--out", interrupted], interrupted, "--resume")
-
-
-@pytest.mark.parametrize("content", ["cut", "text", "empty", "another file of torch's"])
-def test_damaged_state_is_named_in_one_line(capsys, letters, interrupted, content):
-    path = interrupted / "training_state.pt"
-    if content == "another file of torch's":
-        torch.save({"something": "else"}, path)
-    else:
-        path.write_bytes({"cut": path.read_bytes()[:2000], "text": b"not a state", "empty": b""}[content])
-    assert_refused(capsys, ["--data", letters, "--resume", "--out", interrupted], path, "start a new run")
-
-
-@pytest.mark.parametrize("version", ["later", "earlier"])
-def test_state_of_another_version_is_named_in_one_line(capsys, letters, interrupted, version):
-    path = interrupted / "training_state.pt"
-    state = torch.load(path, weights_only=True)
-    if version == "later":
-        state["trainer"]["recipe"]["a_setting_of_tomorrow"] = 1
-    else:
-        del state["trainer"]["scaler"]
-    torch.save(state, path)
-    assert_refused(capsys, ["--data", letters, "--resume", "--out", interrupted], path, "start a new run")
-
-
-def test_state_without_permission_is_named_in_one_line(capsys, reachable, interrupted):
-    letters = write_small(reachable / "letters")
-    out = Path(shutil.copytree(interrupted, reachable / "out"))
-    with without_permission(out):
-        assert_refused(capsys, ["--data", letters, "--resume", "--out", out], out)
-
-
-# Exit statuses of the real process
-
-
-def finish(arguments, **options):
-    process = start(arguments, **options)
-    _, errors = process.communicate(timeout=SECONDS)
-    return process.returncode, errors
-
-
-def test_process_that_works_ends_with_status_0(letters, tmp_path):
-    status, _ = finish(["--data", letters, *TINY, "--epochs", 1, "--out", tmp_path / "out"], cwd=tmp_path)
-    assert status == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == RESULTS
-
-
-def test_process_that_is_refused_ends_with_status_2_and_one_line(letters, tmp_path):
-    status, errors = finish(["--data", letters, *TINY, "--k", 25], cwd=tmp_path)
-    assert status == 2
-    assert_one_line(errors, "25", "choose a smaller")
 
 
 # The initial loss
@@ -498,7 +340,7 @@ def numbers(pattern, printed):
 def test_initial_loss_of_mnist_is_explained_in_seconds(mnist_root, monkeypatch, capsys):
     monkeypatch.setenv("MNIST_ROOT", str(mnist_root))
     began = time.monotonic()
-    assert mnist_sae_train.main(["--analyze_loss", "--device", "cpu"]) == 0
+    assert cli.main(["--analyze_loss", "--device", "cpu"]) == 0
     assert time.monotonic() - began < 30
     printed = capsys.readouterr().out
     assert numbers(r"zero image.* MSE (\S+)", printed) == [0.1120]
@@ -513,9 +355,9 @@ def test_initial_loss_of_mnist_is_explained_in_seconds(mnist_root, monkeypatch, 
 
 
 def test_initial_loss_is_that_of_the_run_asked_for(letters, capsys):
-    assert mnist_sae_train.main(["--data", str(letters), *TINY, "--analyze_loss"]) == 0
+    assert cli.main(["--data", str(letters), *TINY, "--analyze_loss"]) == 0
     printed = capsys.readouterr().out
-    data = sae.load_idx(letters)
+    data = cli.load_idx(letters)
     recipe = sae.Recipe("", decoder_bias=False, learning_rate=1, decay=0, reinit="none", d_sae=24, k=3, n_members=2)
     expected = sae.mse(data.train, sae.Trainer(recipe, data.train).model(data.train)).tolist()
     assert numbers(r"member \d, untrained.* MSE ([\d.]+)", printed) == pytest.approx(expected, abs=5.1e-5)
