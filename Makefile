@@ -2,12 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# Threads that wait must not spin: beside another job that makes a step many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: train test lab notebooks bench lint colab
 # The README shows the pictures of the last run on MNIST itself.
 train: $(READY)
-	@out=runs/$$(date +%Y-%m-%d_%H-%M-%S); $(BIN)/python mnist_sae_train.py --out $$out && \
-		if grep -q '"data": "MNIST"' $$out/metrics.json; then cp $$out/*.png visualizations/; fi
+	@out=runs/$$(date +%Y-%m-%d_%H-%M-%S)_$$$$; $(BIN)/python mnist_sae_train.py --out $$out && \
+		if grep -q '"is_mnist": true' $$out/metrics.json; then cp $$out/*.png visualizations/; fi
 
 test: lint
 	$(BIN)/pytest tests --cov --cov-fail-under=95

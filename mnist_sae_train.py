@@ -243,11 +243,11 @@ def read_idx(raw: Path, stem: str) -> np.ndarray:
     if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
         start = content[:4].hex() or "nothing"
         raise sae.SAEError(f"{path} is not an idx file of bytes (it starts with {start}): {remedy}")
-    shape = np.frombuffer(content, ">u4", count=content[3], offset=4).tolist()
-    size, promised = len(content), 4 + 4 * content[3] + math.prod(shape)
+    header, shape = 4 + 4 * content[3], np.frombuffer(content, ">u4", count=content[3], offset=4).tolist()
+    size, promised = len(content), header + math.prod(shape)
     if size != promised:
         raise sae.SAEError(f"{path} holds {size:,} bytes where its header promises {promised:,}: {remedy}")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
 # ---- A training run ------------------------------------------------------------------
@@ -274,9 +274,9 @@ def train(args) -> None:
             run.require_room()
             with wandb_run(args.wandb, run):
                 run.train()
+            print_summary(run)
         except KeyboardInterrupt as error:
             raise Stopped(signal.SIGINT, run.what_is_left()) from error
-    print_summary(run)
 
 
 class Run:
@@ -321,7 +321,10 @@ class Run:
             if last:
                 self.save_results(figures)
             self.ask_wandb(lambda run: log_epoch(run, trainer, entry, figures))
-            close(figures)
+            if figures:
+                import matplotlib.pyplot as plt
+
+                plt.close("all")
 
     @contextlib.contextmanager
     def stopped_clock(self):
@@ -338,18 +341,16 @@ class Run:
         def note(number, frame):
             self.signal = number
 
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        # What is ignored (nohup, a shell's &) stays ignored, and None is no handler of Python's.
-        caught = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+        # What is ignored (nohup, a shell's &) stays ignored; None is no handler of Python's.
+        caught = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
         if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
             caught = []
-        for number in caught:
-            signal.signal(number, note)
+        before = {number: signal.signal(number, note) for number in caught}
         try:
             yield
         finally:
-            for number in caught:
-                signal.signal(number, before[number])
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def save_state(self, may_stop: bool) -> None:
         """Write the state, then stop if a signal asked for it. A full disk does not end a training that can go on."""
@@ -387,9 +388,8 @@ class Run:
     def restore(self, state: dict) -> None:
         """Continue from what `read_state` read. Raises SAEError where it does not fit the recipe and the images."""
         if state["data"] != self.fingerprint:
-            raise sae.SAEError(
-                f"{self.out} was trained on {state['data'][0]} with other images: give the same data again"
-            )
+            name = state["data"][0]
+            raise sae.SAEError(f"{self.out} was trained on {name} with other images: give the same data again")
         try:
             self.trainer.restore(state)
             done, within = divmod(state["step"], self.trainer.steps_per_epoch)
@@ -493,7 +493,10 @@ def locked(out: Path):
     died = path.exists()  # a run that ends, even by an error, takes it away
     with path.open("ab") as file:
         try:
-            lock(file)
+            with contextlib.suppress(ImportError):  # Windows
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             alone = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
         except OSError as error:  # others than these: a file system without locks
             alone = error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
@@ -504,17 +507,6 @@ def locked(out: Path):
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()
-
-
-def lock(file) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def require_free(out: Path, resume: bool, died: bool) -> None:
@@ -626,23 +618,18 @@ class CapturedTrainer(sae.Trainer):
         found = {name: (t.dtype, *t.shape) for name, t in tensors.items()}
         require(step <= self.total_steps, found == self.described(step))
         require(not step or tensors["order"].sort()[0].equal(torch.arange(len(self.x))))
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            group, _, rest = name.partition(".")
-            groups.setdefault(group, {})[rest] = tensor
-        self.model.load_state_dict(groups["model"])
+        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
         # Only moments come from the file: flags, and the kind of lr, are those of this device.
-        optimizer = self.optimizer.state_dict()
-        for name, tensor in groups.get("optimizer", {}).items():
-            i, entry = name.split(".")
-            optimizer["state"].setdefault(int(i), {})[entry] = tensor
+        optimizer, moments = self.optimizer.state_dict(), ("step", "exp_avg", "exp_avg_sq")
+        parameters = range(sum(len(group["params"]) for group in optimizer["param_groups"])) if step else ()
+        optimizer["state"] = {i: {name: tensors[f"optimizer.{i}.{name}"] for name in moments} for i in parameters}
         self.optimizer.load_state_dict(optimizer)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         for name in ("order", "fires", "use", "scale"):
-            setattr(self, name, tensors[name].to(getattr(self, name)))
+            setattr(self, name, tensors[name].to(self.x.device))
         self.generator.set_state(tensors["generator"])
-        self.history = {name: groups["history"][name].tolist() for name in self.history}
+        self.history = {name: tensors[f"history.{name}"].tolist() for name in self.history}
         self.history["step"] = list(map(int, self.history["step"]))
         self.step, self.restarts = step, [tuple(pair) for pair in state["restarts"]]
 
@@ -664,7 +651,7 @@ def read_state(out: Path) -> dict | None:
         # Before anything of the size that it promises is made.
         M, same = recipe.n_members, list(tensors["model.W"].shape[:2]) == [recipe.n_members, recipe.d_sae]
         flags = [getattr(recipe, field.name) for field in fields(recipe) if field.type == "bool"]
-        require(same, all(type(flag) is bool for flag in flags), type(recipe.name) is str)
+        require(same, all(type(flag) is bool for flag in flags), recipe.name in sae.RECIPES)
         require(type(state["step"]) is int, state["step"] >= 0, finite(state["seconds"], *state["scaler"].values()))
         require(all(type(step) is type(m) is int for step, m in state["restarts"]))
         require(re.fullmatch("[0-9a-z]{1,64}", state["wandb_id"]), list(map(type, state["data"])) == [str, str])
@@ -827,13 +814,6 @@ def save_pictures(figures: dict, folder: str | Path) -> None:
         sae.write_atomically(path, lambda temporary, figure=figure: figure.savefig(temporary, dpi=90))
 
 
-def close(figures: dict) -> None:
-    import matplotlib.pyplot as plt
-
-    for figure in figures.values():
-        plt.close(figure)
-
-
 # ---- Weights & Biases ----------------------------------------------------------------
 
 
@@ -850,7 +830,7 @@ def wandb_run(mode: str, run: Run):
     run.wandb = start_wandb(mode, run)
     try:
         yield
-        run.ask_wandb(lambda started: log_model(started, run.out))
+        run.ask_wandb(lambda started: log_model(started, run.out / "sae.safetensors"))
         code = 0
     except Stopped as stop:
         code = 128 + stop.args[0]
@@ -903,11 +883,11 @@ def log_epoch(run, trainer: sae.Trainer, entry: dict, figures: dict) -> None:
     run.log(evaluated | {name: Image(figure) for name, figure in figures.items()}, step=entry["step"])
 
 
-def log_model(run, out: Path) -> None:
-    import wandb
+def log_model(run, path: Path) -> None:
+    from wandb import Artifact
 
-    artifact = wandb.Artifact("sae", type="model")
-    artifact.add_file(str(out / "sae.safetensors"), policy="immutable")  # the other policy copies it
+    artifact = Artifact("sae", type="model")
+    artifact.add_file(str(path), policy="immutable")  # the other policy copies it
     run.log_artifact(artifact)
 
 

@@ -66,7 +66,7 @@ def load_mnist(root: str | Path | None = None) -> Images:
     """
     from torchvision.datasets import MNIST
 
-    root = Path(root or os.environ.get("MNIST_ROOT") or "data").expanduser()
+    root = Path(os.path.expanduser(root or os.environ.get("MNIST_ROOT") or "data"))
     # A notebook runs in its own folder; a relative path means the project's folder there.
     if not root.exists() and (_PROJECT / "pyproject.toml").exists():
         root = _PROJECT / root
@@ -163,7 +163,12 @@ class TopKSAE(nn.Module):
         sizes = {"d_in": self.d_in, "d_sae": self.d_sae, "n_members": self.n_members, "relu": int(self.relu), "k": k}
         metadata = {name: str(value) for name, value in sizes.items()} | {"data": data, "recipe": recipe}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
+        content = save(tensors, metadata)  # with the metadata in random order: equal runs should write equal bytes
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+        header = header.ljust(-(-len(header) // 8) * 8)
+        content = len(header).to_bytes(8, "little") + header + content[end:]
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
     @classmethod
     def load(cls, path: str | Path) -> TopKSAE:
@@ -324,10 +329,7 @@ def mse(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 def pearson(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Mean over images of the Pearson correlation between x [B, d_in] and x_hat [..., B, d_in] → [...].
-
-    An image without variation correlates with nothing: it counts as 0 (scipy returns nan for it).
-    """
+    """Mean over images of the Pearson correlation of x [B, d_in] and x_hat [..., B, d_in] → [...]; 0 for a flat image."""
     x, x_hat = (images - images.mean(-1, keepdim=True) for images in (x, x_hat))
     lengths = x.norm(dim=-1) * x_hat.norm(dim=-1)
     return ((x * x_hat).sum(-1) / lengths.clamp_min(1e-8)).mean(-1)
@@ -508,8 +510,7 @@ class Trainer:
 
     def learning_rates(self) -> list[float]:
         """Each member's learning rate in this step."""
-        left = 1 - self.step / self.total_steps
-        share = min(1.0, left / self.recipe.decay) if self.recipe.decay else 1.0
+        share = min(1.0, (1 - self.step / self.total_steps) / (self.recipe.decay or 1e-9))
         return [rate * share for rate in per_member("learning_rate", self.recipe.learning_rate, len(self.parts))]
 
     def run(self, progress: bool = True, after_epoch: Callable[[Trainer], None] | None = None) -> Trainer:
@@ -519,8 +520,8 @@ class Trainer:
         steps = range(self.step, self.total_steps)
         for _ in (bar := tqdm(steps, initial=self.step, total=self.total_steps, disable=not progress, leave=False)):
             self.train_step()
-            loss, correlation = (np.mean(self.history[name][-1]) for name in ("mse", "pearson"))
-            bar.set_postfix(loss=f"{loss:.4f}", pearson=f"{correlation:.4f}", refresh=False)
+            shown = ("mse", "pearson", "rare_fraction")
+            bar.set_postfix({name: f"{np.mean(self.history[name][-1]):.4f}" for name in shown}, refresh=False)
             if after_epoch is not None and self.step % self.steps_per_epoch == 0:
                 after_epoch(self)
         return self
@@ -607,18 +608,17 @@ class Trainer:
     def require_finite(self, values: Tensor) -> None:
         """Raise SAEError where training has diverged."""
         if not values.isfinite().all():
-            high = self.recipe.learning_rate
-            raise SAEError(f"the loss is no longer a number (step {self.step}): choose a learning_rate below {high}")
+            rate = self.recipe.learning_rate
+            raise SAEError(f"the loss is no longer a number (step {self.step}): choose a learning_rate below {rate}")
 
     @torch.no_grad()
     def restart_member(self, m: int) -> None:
         """Give member m new weights, b_enc as at the start, and an Adam that remembers nothing."""
         # From the step, not from a generator: training on draws the same batches with and without.
         seed = int(np.random.SeedSequence([self.recipe.seed, self.step, m]).generate_state(1)[0])
-        part = self.parts[m]
-        part["W"].copy_(initial_weights(self.recipe.d_sae, self.x.shape[1], seed))
-        part["b_enc"].zero_()
-        for view in part.values():
+        self.parts[m]["W"].copy_(initial_weights(self.recipe.d_sae, self.x.shape[1], seed))
+        self.parts[m]["b_enc"].zero_()
+        for view in self.parts[m].values():
             for tensor in self.optimizer.state.get(view, {}).values():
                 tensor.zero_()  # in place, where a captured step finds them
         self.use[m] = 1
@@ -694,7 +694,7 @@ def show_images(
         figure.suptitle(f"{data.name}: {title}", fontsize=9, y=1 - 0.06 / (tall + 0.35), va="top")
     else:
         axis.set_title(title, fontsize=9)
-    axis.imshow(canvas, vmax=1, interpolation="nearest", origin="upper", **colours)
+    axis.imshow(canvas.numpy(), vmax=1, interpolation="nearest", origin="upper", **colours)
     axis.axis("off")
     for i, text in enumerate(titles):
         at = i % columns * (width + 2) + width / 2, i // columns * (room + height + 2) + room - 2

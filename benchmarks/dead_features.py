@@ -1,11 +1,11 @@
-"""Dead features: what makes them die, and every remedy at equal steps.
+"""Dead and rare features: what brings them, what each remedy does, and how far the selection floor holds.
 
-    python benchmarks/dead_features.py [remedies] [resampling] [causes] [widths] [ensemble] [times]
+    python benchmarks/dead_features.py [log] [remedies] [law] [ensemble] [final] [wide] [causes] [times]
 
-Without a name all six parts run, one after the other (about 50 minutes on two CPU
-cores). One member, five epochs of MNIST, batches of 128; the remedies with three seeds.
-Each part prints a line for each run and replaces its part of
-benchmarks/results/dead_features.json; notebook 04 shows that file.
+Without a name all parts run, about an hour on one CPU core. Everything is chosen on training
+images 50,000 to 59,999, with the 50,000 before them for training; five epochs, batches of 128,
+one member, three seeds, unless the label says otherwise. Each part prints a line for each run
+and replaces its part of benchmarks/results/dead_features.json; notebook 04 shows that file.
 """
 
 import sys
@@ -15,13 +15,15 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
-from common import FORMER, main
+from common import CHOOSE_ON, Restarts, effective_features, main
 
 import sae_helpers as sae
 
 SEEDS = (0, 1, 2)
-NOTHING = replace(sae.RECIPES["reference"], n_members=1, reinit="none")
-IMPROVED = replace(FORMER, n_members=1)
+NOTHING = replace(sae.RECIPES["reference"], n_members=1, monitor=False)
+IMPROVED = replace(sae.RECIPES["improved"], n_members=1)
+NO_FLOOR = replace(IMPROVED, selection_floor=0)
+TIED = replace(NO_FLOOR, encoder_map=False, learning_rate=2e-3)  # what re-initialisation is measured on
 
 
 class LowThreshold(sae.Trainer):
@@ -30,73 +32,43 @@ class LowThreshold(sae.Trainer):
     monitor_threshold = 35.0
 
 
-class OneResidual(sae.Trainer):
-    """Ours, but a new feature points at the residual of one image."""
+class OneResidual(Restarts):
+    """A new feature points at the residual of one image, as Bricken et al. (2023) choose it."""
+
+    rare = 1e-9  # only those that never fired
 
     def missed_directions(self, m, n):
         generator = torch.Generator().manual_seed(self.step)
         x = self.x[torch.randperm(len(self.x), generator=generator)[: max(256, 2 * n)]]
         with torch.no_grad():
-            residuals = x - self.model(x)[m]
+            residuals = x - self.reconstruct(x, m)
         return residuals[residuals.norm(dim=1).argsort(descending=True)[:n]]
 
 
-class Published(OneResidual):
-    """Resampling after Bricken et al. 2023: features that never fired, short rows, bias and moments at 0."""
+class MomentsAtZero(OneResidual):
+    """Both of Adam's moments start at 0: a new feature's first hundred steps are up to 6 times too long."""
 
-    rare = 1e-9
-
-    def reinit_features(self, m, features, directions=None):
-        super().reinit_features(m, features, directions)
-        with torch.no_grad():
-            self.parts[m]["W"][features] *= 0.2
-            self.parts[m]["b_enc"][features] = 0
-            for name in ("W", "b_enc"):
-                self.optimizer.state[self.parts[m][name]]["exp_avg_sq"][features] = 0
-
-
-class OnlyNeverFired(sae.Trainer):
-    """Ours, but blind to features that fire now and then."""
-
-    rare = 1e-9
-
-
-class MomentsAtZero(sae.Trainer):
-    """Ours, but Adam's second moment starts at 0."""
-
-    def reinit_features(self, m, features, directions=None):
-        super().reinit_features(m, features, directions)
+    def restart_features(self, m, features):
+        super().restart_features(m, features)
         for name in ("W", "b_enc"):
             self.optimizer.state[self.parts[m][name]]["exp_avg_sq"][features] = 0
 
 
-class OwnDirections(sae.Trainer):
-    """Ours, but deaf to the partners in the other members."""
+class WarmAgain(MomentsAtZero):
+    """The learning rate rises again, over 100 steps, after each re-initialisation; so every 500 steps only."""
 
-    def reinit_features(self, m, features, directions=None):
-        super().reinit_features(m, features)
-
-
-class ShortRows(sae.Trainer):
-    """Ours, but new rows have a fifth of the others' length."""
-
-    def reinit_features(self, m, features, directions=None):
-        super().reinit_features(m, features, directions)
-        with torch.no_grad():
-            self.parts[m]["W"][features] *= 0.2
-
-
-class WarmUp(sae.Trainer):
-    """The learning rate rises over the first 300 steps."""
+    look_every = 500
 
     def learning_rates(self):
-        return [rate * min(1.0, (self.step + 1) / 300) for rate in super().learning_rates()]
+        since = self.step % self.look_every if self.step >= self.look_every else self.look_every
+        return [rate * min(1.0, (since + 1) / 100) for rate in super().learning_rates()]
 
 
 class AuxK(sae.Trainer):
     """Auxiliary loss after Gao et al. 2024: dead features try to explain what the others leave over."""
 
     weight, k_aux, window = 1 / 32, 256, 100
+    capture = False  # what it does depends on the step
 
     def losses(self, x, x_hat):
         if self.step % self.window == 0:
@@ -112,108 +84,133 @@ class AuxK(sae.Trainer):
         dead = self.dead[m].nonzero()[:, 0]
         residual = (x - x_hat[m]).detach()
         W = self.model.W[m, dead]
-        pre = (x - self.model.b_dec[m].detach()) @ W.T + self.model.b_enc[m, dead]  # [B, n_dead]
+        pre = (x - self.model.b_dec[m]) @ W.T + self.model.b_enc[m, dead]  # [B, n_dead]
         values, indices = pre.topk(min(self.k_aux, len(dead)))
         explained = torch.zeros_like(pre).scatter(1, indices, values) @ F.normalize(W, dim=1)
         return (residual - explained).square().mean()
 
 
-def run(data, recipe, trainer=sae.Trainer, centre=0.0):
-    """Train on images less `centre` times the mean image; return quality and dead shares, means over members."""
+class FallingConsistency(sae.Trainer):
+    """The consistency weight falls to 0 over the last 30 % of the steps."""
+
+    def update(self, x):
+        self.weight.mul_(min(1.0, (1 - self.step / self.total_steps) / 0.3))
+        return super().update(x)
+
+
+def run(data, recipe, trainer=sae.Trainer, centre=0.0, held_out=True):
+    """Train on images less `centre` times the mean image; return quality and use, means over members."""
     shift = centre * data.train.mean(0)
     train, test = data.train - shift, data.test - shift
-    trainer = trainer(recipe, train)
-    trainer.run(progress=False)
-    on_test, on_train = (sae.evaluate(trainer.model, x, train.mean(0)) for x in (test, train))
+    if held_out:
+        train, test = train[:CHOOSE_ON], train[CHOOSE_ON:]
+    trainer = trainer(recipe, train).run(progress=False)
+    found = sae.evaluate(trainer.model, test, train.mean(0))
+    names = ("mse", "pearson", "explained_variance", "dead_fraction", "rare_fraction")
     features = trainer.model.features()
     return {
-        **{name: on_test[name].mean().item() for name in ("mse", "pearson", "explained_variance")},
-        "dead_test": on_test["dead_fraction"].mean().item(),
-        "dead_train": on_train["dead_fraction"].mean().item(),
+        **{name: found[name].mean().item() for name in names},
+        "effective": effective_features(found["activity"]).mean().item(),
         **({"matched_cosine": sae.matched_cosine(features)} if len(features) > 1 else {}),
-        "reinitialised": sum(sum(counts) for _, counts in trainer.reinits),
+        "started_anew": getattr(trainer, "started_anew", recipe.d_sae * len(trainer.restarts)),
     }
 
 
-def remedies():
-    """One change each, from the reference recipe; then all that helped, one upon the other."""
+def log():
+    """One change upon the other, from the reference recipe to the improved one."""
     bias = replace(NOTHING, decoder_bias=True)
     rate = replace(bias, learning_rate=2e-3)
-    decay = replace(rate, decay=0.2)
-    yield "nothing", NOTHING, sae.Trainer
-    yield "reference monitor, threshold 100", replace(NOTHING, reinit="members"), sae.Trainer
-    yield "reference monitor, threshold 35", replace(NOTHING, reinit="members"), LowThreshold
-    yield "decoder bias at the mean image", bias, sae.Trainer
-    yield "resampling as published", replace(NOTHING, reinit="features"), Published
-    yield "our re-initialisation", replace(NOTHING, reinit="features"), sae.Trainer
-    yield "AuxK", NOTHING, AuxK
-    yield "learning rate 2e-3, warm-up, decay", replace(NOTHING, learning_rate=2e-3, decay=0.2), WarmUp
-    yield "decoder bias, 2e-3", rate, sae.Trainer
-    yield "decoder bias, 2e-3, decay", decay, sae.Trainer
-    yield "decoder bias, 2e-3, decay, AuxK", decay, AuxK
-    yield "improved: decoder bias, 2e-3, decay, our re-initialisation", IMPROVED, sae.Trainer
+    decay = replace(rate, decay=0.3)
+    rows = replace(decay, row_moments=True)
+    with_map = replace(rows, encoder_map=True)
+    with_floor = replace(with_map, selection_floor=0.2)
+    yield "reference recipe", NOTHING, sae.Trainer
+    yield "+ mean image as decoder bias", bias, sae.Trainer
+    yield "+ learning rate 0.002", rate, sae.Trainer
+    yield "+ linear decay over the last 30 %", decay, sae.Trainer
+    yield "+ one second moment a row", rows, sae.Trainer
+    yield "+ encoder map", with_map, sae.Trainer
+    yield "+ selection floor", with_floor, sae.Trainer
+    yield "+ learning rate 0.003 = improved", replace(with_floor, learning_rate=3e-3), sae.Trainer
 
 
-def resampling():
-    """Why did resampling not help at higher rates? At 3e-3, with one thing changed at a time."""
-    fast = replace(IMPROVED, learning_rate=3e-3)
-    yield "no resampling", replace(fast, reinit="none"), sae.Trainer
-    yield "as published", fast, Published
-    yield "only features that never fired", fast, OnlyNeverFired
-    yield "rare ones too, second moment at 0", fast, MomentsAtZero
-    yield "rare ones too, short rows", fast, ShortRows
-    yield "rare ones too, the residual of one image", fast, OneResidual
-    yield "rare ones too (ours)", fast, sae.Trainer
+def remedies():
+    """What each remedy does to rare features, upon the same recipe without one."""
+    yield "none", TIED, sae.Trainer
+    yield "re-initialisation, rare features, moments of the others", TIED, Restarts
+    yield "re-initialisation, dead features, one residual", TIED, OneResidual
+    yield "re-initialisation, dead features, moments at 0", TIED, MomentsAtZero
+    yield "the same, learning rate warmed up again", TIED, WarmAgain
+    yield "AuxK", TIED, AuxK
+    for share in (0.1, 0.2, 0.3):
+        yield f"selection floor {share}", replace(TIED, selection_floor=share), sae.Trainer
+    yield "reference recipe, its monitor at 35 (never at 100)", replace(NOTHING, monitor=True), LowThreshold
+
+
+def law():
+    """How far does the floor hold? One seed each."""
+    yield "improved", IMPROVED, sae.Trainer
+    yield "without the floor", NO_FLOOR, sae.Trainer
+    for d_sae in (256, 8192):
+        yield f"{d_sae:,} features", replace(IMPROVED, d_sae=d_sae), sae.Trainer
+    yield "8,192 features, without the floor", replace(NO_FLOOR, d_sae=8192), sae.Trainer
+    yield "batches of 32", replace(IMPROVED, batch_size=32), sae.Trainer
+    yield "batches of 512", replace(IMPROVED, batch_size=512), sae.Trainer
+    yield "learning rate 0.006", replace(IMPROVED, learning_rate=6e-3), sae.Trainer
+    for k in (10, 200):
+        yield f"k = {k}", replace(IMPROVED, k=k), sae.Trainer
+        yield f"k = {k}, without the floor", replace(NO_FLOOR, k=k), sae.Trainer
+    for lift in (1.0, 16.0):
+        yield f"lift {lift:g}", IMPROVED, type("Lift", (sae.Trainer,), {"lift": lift})
 
 
 def ensemble():
-    """Five members with the consistency loss."""
-    improved = FORMER
-    yield "no re-initialisation", replace(improved, reinit="none"), sae.Trainer
-    yield "each member goes its own way", improved, OwnDirections
-    yield "they join their partners (ours)", improved, sae.Trainer
+    """Five members with the consistency loss: one more change that was tried."""
+    improved = sae.RECIPES["improved"]
+    yield "improved", improved, sae.Trainer
+    yield "consistency weight falls at the end", improved, FallingConsistency
+
+
+def final():
+    """On the test images, once, trained on all 60,000."""
+    yield "improved, five members, consistency loss", sae.RECIPES["improved"], sae.Trainer, 0.0, False
+    yield "improved, one member", IMPROVED, sae.Trainer, 0.0, False
+    yield "reference, one member", NOTHING, sae.Trainer, 0.0, False
+
+
+def wide():
+    """The same, one seed."""
+    yield "improved, one member, 8,192 features", replace(IMPROVED, d_sae=8192), sae.Trainer, 0.0, False
 
 
 def causes():
-    """One seed each. The keys are `name = value`."""
+    """One seed each, the reference recipe on test images. The keys are `name = value`."""
     for centre in (-1.0, 0.0, 0.5, 1.0):
-        yield f"centre = {centre}", NOTHING, sae.Trainer, centre
+        yield f"centre = {centre}", NOTHING, sae.Trainer, centre, False
     for bias in (False, True):
         for rate in (5e-4, 1e-3, 2e-3, 4e-3):
-            yield (
-                f"bias = {bias}, learning_rate = {rate}",
-                replace(NOTHING, decoder_bias=bias, learning_rate=rate),
-                sae.Trainer,
-                0.0,
-            )
-        for k in (10, 25, 100, 200):
-            yield f"bias = {bias}, k = {k}", replace(NOTHING, decoder_bias=bias, k=k), sae.Trainer, 0.0
+            recipe = replace(NOTHING, decoder_bias=bias, learning_rate=rate)
+            yield f"bias = {bias}, learning_rate = {rate}", recipe, sae.Trainer, 0.0, False
 
 
-def widths():
-    """How does each remedy scale? One seed each."""
-    for d_sae in (1024, 2048, 8192):
-        base, improved = replace(NOTHING, d_sae=d_sae), replace(IMPROVED, d_sae=d_sae)
-        yield f"{d_sae}: nothing", base, sae.Trainer
-        yield f"{d_sae}: decoder bias", replace(base, decoder_bias=True), sae.Trainer
-        yield f"{d_sae}: improved without re-initialisation", replace(improved, reinit="none"), sae.Trainer
-        yield f"{d_sae}: the same with AuxK", replace(improved, reinit="none"), AuxK
-        yield f"{d_sae}: improved", improved, sae.Trainer
-
-
-def times(data, chunks=6, chunk=200):
-    """Milliseconds of a step, each turn: the remedies alternate every 200 steps, so that each turn holds two looks."""
-    five = FORMER
-    trainers = {label: trainer(recipe, data.train) for label, recipe, trainer in remedies()}
-    trainers["five members, no re-initialisation"] = sae.Trainer(replace(five, reinit="none"), data.train)
-    trainers["five members, our re-initialisation"] = sae.Trainer(five, data.train)
+def times(data, turns=4, steps=200):
+    """Milliseconds of a step of one member, each turn: the kinds alternate, so each meets the same neighbours."""
+    kinds = {
+        "no remedy": (TIED, sae.Trainer),
+        "re-initialisation": (TIED, Restarts),
+        "AuxK": (TIED, AuxK),
+        "selection floor": (replace(TIED, selection_floor=0.2), sae.Trainer),
+        "encoder map": (NO_FLOOR, sae.Trainer),
+        "encoder map and selection floor": (IMPROVED, sae.Trainer),
+    }
+    trainers = {label: kind(recipe, data.train) for label, (recipe, kind) in kinds.items()}
     milliseconds = {name: [] for name in trainers}
-    for _ in range(chunks):
+    for _ in range(turns):
         for name, trainer in trainers.items():
             start = time.perf_counter()
-            for _ in range(chunk):
+            for _ in range(steps):
                 trainer.train_step()
-            milliseconds[name].append(1e3 * (time.perf_counter() - start) / chunk)
+            milliseconds[name].append(1e3 * (time.perf_counter() - start) / steps)
     for name, values in milliseconds.items():
         print(f"{name:60} {min(values):6.2f} ms a step", flush=True)
     return milliseconds
@@ -222,23 +219,26 @@ def times(data, chunks=6, chunk=200):
 def runs(data, name, cases, seeds):
     """Run every case with every seed; returns the rows of the part `name`."""
     rows = {}
-    for label, recipe, trainer, *centre in cases:
-        rows[label] = [run(data, replace(recipe, seed=seed), trainer, *centre) for seed in seeds]
+    for label, recipe, trainer, *how in cases:
+        rows[label] = [run(data, replace(recipe, seed=seed), trainer, *how) for seed in seeds]
         means = {key: mean(row[key] for row in rows[label]) for key in rows[label][0]}
         print(
-            f"{name:10} {label:60} dead {means['dead_train']:6.1%} (train) {means['dead_test']:6.1%} (test)  "
-            f"MSE {means['mse']:.5f}  Pearson {means['pearson']:.4f}",
+            f"{name:9} {label:56} Pearson {means['pearson']:.4f}  MSE {means['mse']:.5f}  "
+            f"dead {means['dead_fraction']:.1%}  rare {means['rare_fraction']:.1%}  effective {means['effective']:.0f}"
+            + (f"  matched cosine {means['matched_cosine']:.3f}" if "matched_cosine" in means else ""),
             flush=True,
         )
     return rows
 
 
 PARTS = {
+    "log": lambda data: runs(data, "log", log(), SEEDS),
     "remedies": lambda data: runs(data, "remedies", remedies(), SEEDS),
-    "resampling": lambda data: runs(data, "resampling", resampling(), SEEDS),
+    "law": lambda data: runs(data, "law", law(), SEEDS[:1]),
+    "ensemble": lambda data: runs(data, "ensemble", ensemble(), SEEDS),
+    "final": lambda data: runs(data, "final", final(), SEEDS),
+    "wide": lambda data: runs(data, "wide", wide(), SEEDS[:1]),
     "causes": lambda data: runs(data, "causes", causes(), SEEDS[:1]),
-    "widths": lambda data: runs(data, "widths", widths(), SEEDS[:1]),
-    "ensemble": lambda data: runs(data, "ensemble", ensemble(), SEEDS[:1]),
     "times": times,
 }
 

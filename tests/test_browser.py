@@ -139,15 +139,11 @@ def move_to_least(page, name):
 
 
 def test_sliders_of_notebook_05_change_their_pictures(tmp_path, capsys):
-    # A copy without outputs: what the page shows then is of this run. Beside a copy of the module the
-    # notebook takes the runs that are there, and leaves the README's pictures as they are.
+    # A copy without outputs: what the page shows then is of this run.
     notebook = nbformat.read(PROJECT / "notebooks" / "05_feature_visualization.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for cell in code:
         cell.update(outputs=[], execution_count=None)
-    shutil.copy2(PROJECT / "sae_helpers.py", tmp_path)
-    (PROJECT / "runs").mkdir(exist_ok=True)
-    (tmp_path / "runs").symlink_to(PROJECT / "runs")
     with opened(tmp_path, "05", notebook) as (page, address):
         with pytest.raises(urllib.error.HTTPError, match="403"):  # without the token
             urllib.request.urlopen(f"{address}api/contents", timeout=60)

@@ -65,7 +65,7 @@ def test_real_mnist_is_known_by_its_content(mnist_root):
     assert load_idx(mnist_root / "MNIST").is_mnist
 
 
-@pytest.mark.parametrize("name", [b"caf\xe9", "two\nlines".encode()])
+@pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines"])
 def test_name_is_one_line_of_valid_unicode(tmp_path, name):
     folder = write_small(tmp_path / os.fsdecode(name))
     shown = load_idx(folder).name

@@ -88,12 +88,33 @@ def test_counts_are_those_of_brute_force(model, images):
         counts = torch.tensor([sum(i in features for features in fired) for i in range(D_SAE)])
         assert_close(quality["activity"][m], counts / N, rtol=0, atol=0)
         assert quality["dead_fraction"][m].item() == (counts == 0).sum().item() / D_SAE > 0
-        assert quality["mean_active"][m].item() == pytest.approx(sum(map(len, fired)) / N, rel=1e-6)
+        assert torch.equal(sae.count_fires(values, indices, D_SAE)[m], counts)
 
 
 def test_exactly_k_are_active_without_relu_and_fewer_with(model, images):
-    active = sae.evaluate(model, images, images.mean(0))["mean_active"]
-    assert (active < K).all() if model.relu else (active == K).all()
+    active = sae.evaluate(model, images, images.mean(0))["activity"].sum(1)
+    assert (active < K - 0.01).all() if model.relu else active.tolist() == pytest.approx([K, K])
+
+
+@pytest.mark.parametrize("chunk", [100, 1000])
+def test_rare_features_fire_for_fewer_than_one_image_in_a_thousand(chunk):
+    fires = [0, 1, 2, 3, 4, 2990]  # of 3,000 images
+    model = sae.TopKSAE(6, 6, 1)
+    with torch.no_grad():
+        model.W[0] = torch.eye(6)
+    x = torch.eye(6).repeat_interleave(torch.tensor(fires), 0)
+    x = x[torch.randperm(3000, generator=torch.Generator().manual_seed(0))]
+    quality = sae.evaluate(model, x, x.mean(0), chunk)
+    assert_close(quality["activity"][0], torch.tensor(fires) / 3000)
+    assert quality["rare_fraction"].tolist() == pytest.approx([3 / 6])  # 0, 1 and 2; 3 are exactly one in a thousand
+    assert quality["dead_fraction"].tolist() == pytest.approx([1 / 6])
+
+
+def test_members_may_keep_different_numbers_of_features(images):
+    model = sae.TopKSAE(D_IN, D_SAE, (2, 7), seeds=(0, 1), encoder_map=True)
+    quality = sae.evaluate(model, images, images.mean(0))
+    assert quality["activity"].sum(1).tolist() == pytest.approx([2, 7])
+    assert quality["mse"][0] > quality["mse"][1]
 
 
 def test_quality_is_that_of_the_reconstructions(model, images):
@@ -120,10 +141,11 @@ def test_evaluation_leaves_no_gradient(model, images):
 # Matching
 
 
-def test_known_permutation_is_recovered():
+@pytest.mark.parametrize("exact", [True, False])
+def test_known_permutation_is_recovered(exact):
     a = draw(D_SAE, D_IN)
     permutation = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))
-    order, cosine = sae.match_features(a, a[permutation])
+    order, cosine = sae.match_features(a, a[permutation], exact)
     assert torch.equal(order, permutation.argsort())
     assert_close(cosine, torch.ones(D_SAE).double(), **EXACT)
 
@@ -134,6 +156,43 @@ def test_matching_ignores_length_but_not_sign():
     assert_close(cosine, torch.ones(D_SAE).double(), **EXACT)
     _, cosine = sae.match_features(a[:2], -a[:2])
     assert cosine.mean() < 0.9
+
+
+def dictionaries(shared, seed, n=200, d=30):
+    """Two whose first `shared` features are nearly the same; in the second they stand elsewhere."""
+    a, b = draw(n, d, seed=seed), draw(n, d, seed=seed + 100)
+    b[:shared] = a[:shared] + 0.5 * draw(shared, d, seed=seed + 200)
+    return a, b[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+
+
+@pytest.mark.parametrize("shared", [0, 100, 200])
+def test_fast_matching_is_a_permutation_and_nearly_the_best(shared):
+    for seed in range(5):
+        a, b = dictionaries(shared, seed)
+        order, cosine = sae.match_features(a, b, exact=False)
+        assert torch.equal(order.sort().values, torch.arange(200))
+        assert_close(cosine, F.cosine_similarity(a, b[order], dim=1), **EXACT)
+        best = sae.match_features(a, b)[1].mean()
+        assert best - 0.01 <= cosine.mean() <= best + 1e-12
+
+
+def test_fast_matching_pairs_nearest_features():
+    a, b = dictionaries(100, seed=0)
+    similarity = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+    order, _ = sae.match_features(a, b, exact=False)
+    nearest = [(i, j) for i, j in enumerate(similarity.argmax(1).tolist()) if similarity[:, j].argmax() == i]
+    assert 100 <= len(nearest) < 200
+    assert all(order[i] == j for i, j in nearest)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_equal_features_are_matched_all_the_same(exact):
+    a = draw(D_SAE, D_IN)
+    a[5:9] = a[4]
+    order, cosine = sae.match_features(a, a.flip(0), exact)
+    assert torch.equal(order.sort().values, torch.arange(D_SAE))
+    assert_close(cosine, torch.ones(D_SAE).double(), **EXACT)
+    assert sae.match_features(a[:1], -a[:1], exact)[0].tolist() == [0]
 
 
 def test_matching_is_the_best_of_all():
@@ -159,15 +218,3 @@ def test_matched_cosine_is_the_mean_over_pairs():
 
 def test_one_member_matches_nobody():
     assert math.isnan(sae.matched_cosine(draw(1, D_SAE, D_IN)))
-
-
-# Prediction of the initial loss
-
-
-@pytest.mark.parametrize("d_sae, k", [(400, 30), (784, 50), (784, 784), (1024, 50), (1024, 200), (1600, 50)])
-def test_initial_mse_is_predicted(d_sae, k):
-    d_in = 784
-    x = 0.3 * draw(1000, d_in, seed=1, dtype=torch.float32)  # seed 0 would draw the model's own weights
-    measured = sae.evaluate(sae.TopKSAE(d_in, d_sae, k), x, x.mean(0))["mse"].item()
-    predicted = sae.predict_initial_mse(x.square().mean().item(), d_in, d_sae, k)
-    assert measured == pytest.approx(predicted, rel=0.01, abs=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -141,10 +143,10 @@ def test_of_two_that_start_at_once_one_is_refused(letters):
 
 
 def test_file_system_without_locks_is_used_without(letters, monkeypatch):
-    def refuse(file):
+    def refuse(file, flags):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(cli, "lock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     run("--data", letters, *TINY, "--epochs", 1, "--out", "out")
 
 
@@ -459,6 +461,71 @@ def test_resuming_with_another_option_is_refused(capsys, letters, interrupted, o
 def test_resuming_on_other_data_is_refused(capsys, tmp_path, interrupted, name, changes):
     other = write_small(tmp_path / name, **changes)
     assert_refused(capsys, ["--data", other, "--resume", "--out", interrupted], "letters", "same data")
+
+
+# The step as one CUDA graph
+
+
+def small_trainer(letters, device="cpu", **changes):
+    recipe = replace(sae.RECIPES["improved"], d_sae=24, k=3, n_members=2, epochs=5, batch_size=32, **changes)
+    return cli.CapturedTrainer(recipe, cli.load_idx(letters).train, device)
+
+
+def assert_same_training(one, other, **tolerance):
+    torch.testing.assert_close(one.model.W, other.model.W, **tolerance)
+    for name in ("mse", "rare_fraction"):
+        torch.testing.assert_close(torch.tensor(one.history[name]), torch.tensor(other.history[name]), **tolerance)
+
+
+def test_full_batches_are_replayed_and_others_not(letters, monkeypatch):
+    captured, replayed = small_trainer(letters), []
+    captured.capture = True
+
+    class Graph:
+        def replay(self):
+            replayed.append(captured.step)
+            captured.captured = sae.Trainer.update(captured, captured.captured_x)
+
+    @contextlib.contextmanager
+    def record(graph):  # what a graph records is not carried out
+        with monkeypatch.context() as patch:
+            patch.setattr(sae.Trainer, "update", lambda trainer, x: None)
+            yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    captured.run(progress=False)
+    assert replayed == [step for step in range(3, STEPS) if step % 4 != 3]  # the last batch of an epoch is smaller
+    assert_same_training(captured, small_trainer(letters).run(progress=False), rtol=0, atol=0)
+
+
+def test_step_that_cannot_be_captured_is_taken_plainly(letters, monkeypatch, capsys):
+    def fail(graph):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    captured = small_trainer(letters)
+    captured.capture = True
+    captured.run(progress=False)
+    printed = capsys.readouterr().err
+    assert (
+        printed.count("\n") == 1 and "cannot be captured (operation not permitted when stream is capturing)" in printed
+    )
+    assert_same_training(captured, small_trainer(letters).run(progress=False), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("recipe", ["improved", "reference"])
+def test_captured_step_on_cuda_is_the_plain_one(letters, precision, recipe):
+    same = {field: getattr(sae.RECIPES[recipe], field) for field in ("decoder_bias", "encoder_map", "monitor")}
+    captured, plain = (small_trainer(letters, "cuda", precision=precision, **same) for _ in range(2))
+    plain.capture = False
+    captured.run(progress=False)
+    plain.run(progress=False)
+    assert captured.graph is not None and plain.graph is None
+    assert_same_training(captured, plain, rtol=1e-3, atol=1e-4)
 
 
 # A state of another device, of another version, or of an enemy
