@@ -329,7 +329,7 @@ def mse(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 def pearson(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Mean over images of the Pearson correlation of x [B, d_in] and x_hat [..., B, d_in] → [...]; 0 for a flat image."""
+    """Mean over images of Pearson's correlation of x [B, d_in] and x_hat [..., B, d_in] → [...]; 0 for a flat image."""
     x, x_hat = (images - images.mean(-1, keepdim=True) for images in (x, x_hat))
     lengths = x.norm(dim=-1) * x_hat.norm(dim=-1)
     return ((x * x_hat).sum(-1) / lengths.clamp_min(1e-8)).mean(-1)
@@ -432,9 +432,9 @@ class Recipe:
             ("consistency_weight", float, 0, 1e30), ("selection_floor", float, 0, 1),
         ):  # fmt: skip
             given = getattr(self, field)
-            several, numbers = isinstance(given, (list, tuple)), []
+            several, numbers = field in ("k", "learning_rate") and isinstance(given, (list, tuple)), []
             for value in given if several else [given]:
-                value = value.item() if isinstance(value, (np.generic, Tensor)) else value  # JSON knows neither
+                value = value.tolist() if isinstance(value, (np.generic, np.ndarray, Tensor)) else value  # for JSON
                 right = isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
                 if not right or value != kind(value):
                     what = "a whole number" if kind is int else "a number"
@@ -567,7 +567,7 @@ class Trainer:
         fires = count_fires(values, indices, self.recipe.d_sae)  # [M, d_sae]
         self.fires += fires
         total = fires.sum(1).clamp_min(1)  # with relu, none may fire
-        self.use.lerp_(fires / total[:, None] * self.recipe.d_sae, 1 - self.memory)
+        self.use.lerp_(fires.to(self.use) / total[:, None] * self.recipe.d_sae, 1 - self.memory)
         self.scale.copy_(values.sum((1, 2)) / total)
         self.model.zero_grad()
         self.scaler.scale(self.losses(x, x_hat).sum()).backward()  # a member's loss reaches its own parameters and A

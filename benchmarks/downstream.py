@@ -1,9 +1,9 @@
 """How good are sparse codes as features? Linear classifiers on them.
 
-    python benchmarks/downstream.py [sweep] [training] [encoding] [members] [choice] [few_choice] [test] [few]
+    python benchmarks/downstream.py [training] [encoding] [choice] [few_choice] [test] [few]
 
-Without a name all parts run, one after the other (about half an hour on one CPU core). The
-first six choose: autoencoders are trained, and classifiers fitted, on training images 0 to
+Without a name all parts run, one after the other (under half an hour on one CPU core). The
+first four choose: autoencoders are trained, and classifiers fitted, on training images 0 to
 49,999, and compared on 50,000 to 59,999. The last two, `test` and `few`, change nothing any
 more: they train on all training images with what `choice` and `few_choice` found, and they
 alone look at the test images. Each part prints a line for each result and replaces its part of
@@ -28,8 +28,9 @@ from sklearn.svm import LinearSVC
 
 import sae_helpers as sae
 
-K, KEPT = 25, 150  # in training, and when encoding for the classifier: what `sweep` and `encoding` led to
-STRENGTH = 3e-5  # of the penalty on the classifier, against a loss averaged over images; see `choice`
+K, KEPT = 25, 200  # in training, and when encoding for the classifier: what `training` and `encoding` led to
+KS = (12, 25, 50, 100)  # in training, to choose K
+STRENGTHS = (1e-4, 3e-5)  # of the penalty on the classifier, against a loss averaged over images
 PLAIN = replace(sae.RECIPES["improved"], consistency_weight=0.0, n_members=1)
 FIVE = replace(PLAIN, n_members=5, k=K)
 REFERENCE = replace(sae.RECIPES["reference"], consistency_weight=0.0, n_members=1, k=K)
@@ -85,7 +86,7 @@ def scaled(features, fit):
 # ---- classifiers ------------------------------------------------------------------------
 
 
-def support_vectors(features, labels, strength=STRENGTH):
+def support_vectors(features, labels, strength):
     """Scikit-learn's linear SVM: squared hinge, one digit against the rest; penalty strength / 2 · ‖weights‖².
 
     Codes are mostly zeros, which its dual solver makes use of.
@@ -115,21 +116,25 @@ def interval(wrong, n):
 # ---- what choosing looks at -------------------------------------------------------------
 
 
-def held_out(data, features, strength=STRENGTH):
-    """What the SVM, fitted on the first 50,000 training images, reads in the other 10,000."""
-    features = scaled(features, CHOOSE_ON)
-    model = support_vectors(features[:CHOOSE_ON], data.train_labels[:CHOOSE_ON], strength)
-    return torch.from_numpy(model.predict(features[CHOOSE_ON:].numpy()))
+def held_out(data, features):
+    """What the SVM, fitted on the first 50,000 training images, reads in the others, at its best strength, and that."""
+    features, truth, found = scaled(features, CHOOSE_ON), data.train_labels[CHOOSE_ON:], []
+    for strength in STRENGTHS:
+        model = support_vectors(features[:CHOOSE_ON], data.train_labels[:CHOOSE_ON], strength)
+        read = torch.from_numpy(model.predict(features[CHOOSE_ON:].numpy()))
+        found.append(((read != truth).sum().item(), read, strength))
+    return min(found, key=lambda one: one[0])[1:]
 
 
 def row(data, name, read, base=None, **more):
     """Error of one setting, mean over its members; against `base` with the standard error of the difference."""
-    wrong, base = (None if r is None else (torch.stack(r) != data.train_labels[CHOOSE_ON:]).double() for r in (read, base))
+    truth = data.train_labels[CHOOSE_ON:]
+    wrong = (torch.stack(read) != truth).double()  # [members, n_held]
     result = {"error": wrong.mean().item(), "members": wrong.mean(1).tolist(), **more}
     text = f"{name:44} {100 * result['error']:.2f} %"
     if base is not None:
         # Both misread mostly the same images: the difference is far surer than either error.
-        difference = wrong.mean(0) - base.mean(0)
+        difference = wrong.mean(0) - (torch.stack(base) != truth).double().mean(0)
         result["difference"] = difference.mean().item()
         result["se"] = (difference.std() / len(difference) ** 0.5).item()
         text += f"  {100 * result['difference']:+.2f} ± {100 * result['se']:.2f}"
@@ -137,33 +142,21 @@ def row(data, name, read, base=None, **more):
     return result
 
 
-def compared(data, settings):
-    """Name and recipe of autoencoders, one member each: read with the soft code and their own; less the first's error."""
+def training(data):
+    """The code stays the same, the autoencoder changes, one member each; and each one's own code."""
+    recipes = {f"k = {k}": replace(PLAIN, k=k) for k in (K, *KS)} | {f"reference recipe, k = {K}": REFERENCE}
     mean, rows, base = data.train[:CHOOSE_ON].mean(0), {}, None
-    for name, recipe in settings.items():
+    for name, recipe in recipes.items():
         model = trained(data, recipe)
         quality = sae.evaluate(model, data.train[CHOOSE_ON:], mean)
         more = {key: quality[key].item() for key in ("mse", "pearson", "dead_fraction", "rare_fraction")}
-        kept = KEPT * model.d_sae // 1024
-        read = [held_out(data, codes(model, data.train, [0], kept))]
-        rows[name] = row(data, name, read, base, **more)
-        own = [held_out(data, codes(model, data.train, [0], model.k, hard))]
-        rows[name]["own_code"] = row(data, f"{name}: its own code", own)
-        base = base or read
+        read, own = (
+            held_out(data, codes(model, data.train, [0], n, encode))[0] for n, encode in ((KEPT, soft), (model.k, hard))
+        )
+        rows[name] = row(data, name, [read], base, **more)
+        rows[name]["own_code"] = row(data, f"{name}: its own code", [own], [read])
+        base = base or [read]
     return rows
-
-
-def sweep(data):
-    """How many features are kept in training."""
-    return compared(data, {f"k = {k}": replace(PLAIN, k=k) for k in (K, 12, 50, 100)})
-
-
-def training(data):
-    """Another recipe, and a wider dictionary."""
-    one = replace(PLAIN, k=K)
-    return compared(
-        data, {"improved": one, "reference": REFERENCE, "improved, 4,096 features": replace(one, d_sae=4096)}
-    )
 
 
 def encoding(data):
@@ -172,29 +165,16 @@ def encoding(data):
     for name, encode, n in (
         (f"soft, {KEPT} kept", soft, KEPT),
         ("soft, 50 kept", soft, 50),
-        ("soft, 300 kept", soft, 300),
+        ("soft, 400 kept", soft, 400),
         (f"by value, {K} kept: its own code", hard, K),
         (f"by value, {KEPT} kept", hard, KEPT),
         ("all that are above 0", lambda pre, n: pre.relu(), 0),
         ("all pre-activations", lambda pre, n: pre, 0),
     ):
-        read = [held_out(data, codes(model, data.train, [m], n, encode)) for m in (0, 1)]
+        read = [held_out(data, codes(model, data.train, [m], n, encode))[0] for m in (0, 1)]
         rows[name] = row(data, name, read, base)
         base = base or read
     return rows
-
-
-def members(data):
-    """Five members: one by one, their vote, and their codes side by side."""
-    model = trained(data, FIVE)
-    single = [held_out(data, codes(model, data.train, [m])) for m in range(5)]
-    votes = F.one_hot(torch.stack(single), 10).sum(0).argmax(1)  # of equal votes, the smallest digit
-    together = held_out(data, codes(model, data.train, range(5)))
-    return {
-        "alone": row(data, "one member", single),
-        "vote": row(data, "vote of five", [votes], single),
-        "together": row(data, "five members", [together], single),
-    }
 
 
 # ---- chosen, then tested once -----------------------------------------------------------
@@ -208,35 +188,36 @@ def principal_components(x, fit, n=50):
 
 
 def representations(data, on_all=False):
-    """Name and features of what is compared, one at a time: of the training images, with `on_all` also of the test's.
+    """What is compared, by name, each a function that gives its features: of the training images, or of the test's too.
 
     What is learned without labels (components, autoencoders) comes from all training images
     with `on_all`, else from the first 50,000.
     """
     x = torch.cat([data.train, data.test]) if on_all else data.train
     fit = len(data.train) if on_all else CHOOSE_ON
-    yield "raw pixels", x.clone()
-    yield "PCA, 50 components", principal_components(x, fit)
     untrained = sae.TopKSAE(x.shape[1], PLAIN.d_sae, PLAIN.k, b_dec=x[:fit].mean(0))
-    yield "untrained SAE, its own code", codes(untrained, x, [0], PLAIN.k, hard)
-    yield "random features, soft code", codes(untrained, x, [0])
-    yield "SAE with k = 50, its own code", codes(trained(data, PLAIN, on_all), x, [0], PLAIN.k, hard)
-    independent = trained(data, FIVE, on_all)
-    for m in range(3) if on_all else (0,):  # one is enough to choose by
-        yield f"one member ({m})", codes(independent, x, [m])
-    yield "five members", codes(independent, x, range(5))
+    return {
+        "raw pixels": lambda: x.clone(),
+        "PCA, 50 components": lambda: principal_components(x, fit),
+        "untrained SAE, its own code": lambda: codes(untrained, x, [0], PLAIN.k, hard),
+        "random features, soft code": lambda: codes(untrained, x, [0]),
+        "SAE with k = 50, its own code": lambda: codes(trained(data, PLAIN, on_all), x, [0], PLAIN.k, hard),
+        **{f"member {m}": lambda m=m: codes(trained(data, FIVE, on_all), x, [m]) for m in range(5)},
+        "five members": lambda: codes(trained(data, FIVE, on_all), x, range(5)),
+    }
 
 
 def choice(data):
-    """The strength of the penalty for each representation."""
-    rows = {}
-    for name, features in representations(data):
-        errors = {}
-        for strength in (1e-4, 3e-5):
-            read = held_out(data, features, strength)
-            errors[strength] = (read != data.train_labels[CHOOSE_ON:]).double().mean().item()
-        rows[name] = {"error": min(errors.values()), "strength": min(errors, key=errors.get)}
-        print(f"{name}: {errors}", flush=True)
+    """The strength of the penalty for each representation; and what five members give, by a vote and side by side."""
+    read, rows = {}, {}
+    for name, features in representations(data).items():
+        read[name], strength = held_out(data, features())
+        rows[name] = row(data, name, [read[name]], strength=strength)
+    single = [read[f"member {m}"] for m in range(5)]
+    votes = F.one_hot(torch.stack(single), 10).sum(0).argmax(1)  # of equal votes, the smallest digit
+    rows["mean of five"] = row(data, "mean of five", single)
+    rows["vote of five"] = row(data, "vote of five", [votes], single)
+    rows["five members"] |= row(data, "five members", [read["five members"]], single)
     return rows
 
 
@@ -248,9 +229,8 @@ def stored(part):
 def test(data):
     """The SVM, fitted on all training images; the test images, for the only time."""
     chosen, rows, n = stored("choice"), {}, len(data.train)
-    for name, features in representations(data, on_all=True):
-        features = scaled(features, n)
-        strength = chosen["one member (0)" if name.startswith("one member") else name]["strength"]
+    for name, features in representations(data, on_all=True).items():
+        features, strength = scaled(features(), n), chosen[name]["strength"]
         model = support_vectors(features[:n], data.train_labels, strength)
         predicted = torch.from_numpy(model.predict(features[n:].numpy()))
         wrong = (predicted != data.test_labels).nonzero()[:, 0]
@@ -268,7 +248,7 @@ def test(data):
 
 # ---- few labels, few features -----------------------------------------------------------
 
-FEW = ("raw pixels", "PCA, 50 components", "random features, soft code", "one member (0)")
+FEW = ("raw pixels", "PCA, 50 components", "random features, soft code", "member 0")
 DRAWS = {1: 20, 10: 10, 100: 5}  # labels for each digit: how many draws
 FEW_STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)
 PER_CLASS = (1, 5, 20)
@@ -331,37 +311,35 @@ def with_few_features(features, labels, fit, strength=1e-5):
 
 def few_choice(data):
     """The penalty, for few labels."""
-    rows = {}
-    for name, features in representations(data):
-        if name in FEW:
-            features = scaled(features, CHOOSE_ON)
-            for n in DRAWS:
-                errors = {
-                    strength: np.mean(with_few_labels(features, data.train_labels, CHOOSE_ON, n, strength, range(2)))
-                    for strength in FEW_STRENGTHS
-                }
-                best = min(errors, key=errors.get)
-                rows[f"{name}: {n}"] = {"strength": best, "error": float(errors[best])}
-                print(f"{name}, {n} labels: {rows[f'{name}: {n}']}", flush=True)
+    rows, every = {}, representations(data)
+    for name in FEW:
+        features = scaled(every[name](), CHOOSE_ON)
+        for n in DRAWS:
+            errors = {
+                strength: np.mean(with_few_labels(features, data.train_labels, CHOOSE_ON, n, strength, range(2)))
+                for strength in FEW_STRENGTHS
+            }
+            best = min(errors, key=errors.get)
+            rows[f"{name}: {n}"] = {"strength": best, "error": float(errors[best])}
+            print(f"{name}, {n} labels: {rows[f'{name}: {n}']}", flush=True)
     return rows
 
 
 def few(data):
     """Few labels (penalty from `few_choice`) and few features, on the test images."""
-    chosen, n_train = stored("few_choice"), len(data.train)
+    chosen, n_train, every = stored("few_choice"), len(data.train), representations(data, on_all=True)
     truth = torch.cat([data.train_labels, data.test_labels])
     by_labels, by_features = {}, {}
-    for name, features in representations(data, on_all=True):
-        if name in FEW:
-            by_features[name] = with_few_features(features, truth, n_train)
-            print(name, {n: round(100 * e["error"], 2) for n, e in by_features[name].items()}, flush=True)
-            features = scaled(features, n_train)
-            by_labels[name] = {}
-            for n, draws in DRAWS.items():
-                strength = chosen[f"{name}: {n}"]["strength"]
-                errors = with_few_labels(features, truth, n_train, n, strength, range(100, 100 + draws))
-                by_labels[name][n] = errors
-                print(f"{name}, {n} labels: {100 * np.mean(errors):.2f} ± {100 * np.std(errors):.2f} %", flush=True)
+    for name in FEW:
+        features = every[name]()
+        by_features[name] = with_few_features(features, truth, n_train)
+        print(name, {n: round(100 * e["error"], 2) for n, e in by_features[name].items()}, flush=True)
+        features, by_labels[name] = scaled(features, n_train), {}
+        for n, draws in DRAWS.items():
+            strength = chosen[f"{name}: {n}"]["strength"]
+            errors = with_few_labels(features, truth, n_train, n, strength, range(100, 100 + draws))
+            by_labels[name][n] = errors
+            print(f"{name}, {n} labels: {100 * np.mean(errors):.2f} ± {100 * np.std(errors):.2f} %", flush=True)
     return {"labels": by_labels, "features": by_features}
 
 
@@ -370,9 +348,7 @@ def with_version(part):
     return lambda data: {"scikit_learn": sklearn.__version__, "rows": part(data)}
 
 
-PARTS = {
-    part.__name__: with_version(part) for part in (sweep, training, encoding, members, choice, few_choice, test, few)
-}
+PARTS = {part.__name__: with_version(part) for part in (training, encoding, choice, few_choice, test, few)}
 
 if __name__ == "__main__":
     main("downstream", PARTS, sys.argv[1:])

@@ -32,6 +32,7 @@ RIDGE = 1e-5  # in least squares, for a feature that was chosen twice
 SAMPLE = 500  # test images on which OMP runs
 # The setting of Costa et al. 2025, for `improved`. Larger batches: OMP and pursuits are cheaper with them.
 ONE_SHOT = replace(IMPROVED, d_sae=1000, k=10, batch_size=512)
+RATE = 6e-3  # of these, the best in `rates`
 # For the other encoders: settings of their own, with re-initialisation in place of the floor. A pursuit has
 # no use for b_enc or for a map, and nothing to boost.
 OTHERS = replace(
@@ -100,6 +101,8 @@ class OtherEncoder(Restarts):
     def reconstruct(self, x, m=0):
         return self.autoencode(x)[0]
 
+    until = 0.5
+
     def learning_rates(self):
         return super().learning_rates() * 2  # the second is that of what an encoder has besides W and b_enc
 
@@ -127,7 +130,7 @@ class OtherEncoder(Restarts):
 class Untied(OtherEncoder):
     """One shot, but after the share `tied_until` of the steps the encoder's rows are parameters of their own."""
 
-    until = tied_until = 0.5
+    tied_until = 0.5
 
     def __init__(self, recipe, x, device="cpu"):
         super().__init__(recipe, x, device)
@@ -152,7 +155,7 @@ class Refinement(OtherEncoder):
     Gregor & LeCun 2010). The responses are those of unit-length features.
     """
 
-    steps = 2
+    steps, until = 2, 0.85
 
     def __init__(self, recipe, x, device="cpu"):
         super().__init__(recipe, x, device)
@@ -174,8 +177,6 @@ class Refinement(OtherEncoder):
 
 class MatchingPursuit(OtherEncoder):
     """The features are pursued; then the loop is run again along them, with a gradient (after Costa et al. 2025)."""
-
-    until = 0.5
 
     def encode(self, x):
         D = self.dictionary()
@@ -295,6 +296,10 @@ def reconstruct(trained, x):
     return torch.cat(x_hats), fires
 
 
+def small(rate, epochs=10, **settings):
+    return replace(ONE_SHOT, learning_rate=rate, epochs=epochs, **settings)
+
+
 def runs(*cases):
     """A part that trains each case: label, trainer, recipe."""
     return lambda data: {label: train_small(data, label, trainer, recipe) for label, trainer, recipe in cases}
@@ -304,6 +309,20 @@ PARTS = {
     "pca": pca,
     **{f"k_{k}": partial(frontier, k) for k in KS},
     "at_50": at_50,
+    "rates": runs(
+        *((f"improved, 10 epochs, rate {rate:g}", sae.Trainer, small(rate)) for rate in (3e-3, 6e-3, 1.2e-2)),
+        *((f"no map, 10 epochs, rate {rate:g}", sae.Trainer, small(rate, encoder_map=False)) for rate in (3e-3, 6e-3)),
+    ),
+    "one_shot": runs(
+        *((f"improved, 20 epochs, seed {seed}", sae.Trainer, small(RATE, epochs=20, seed=seed)) for seed in (0, 1, 2)),
+    ),
+    "tied": runs(("no map, 20 epochs", sae.Trainer, small(RATE, epochs=20, encoder_map=False))),
+    "untied": runs(("own rows, 20 epochs", Untied, replace(OTHERS, epochs=20))),
+    "refinement": runs(("two refinements, 10 epochs", Refinement, replace(OTHERS, epochs=10))),
+    "pursuit": runs(
+        ("pursuit, 10 epochs", MatchingPursuit, replace(OTHERS, epochs=10)),
+        ("pursuit, values fitted, 10 epochs", Fitted, replace(OTHERS, epochs=10)),
+    ),
 }
 
 

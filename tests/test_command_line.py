@@ -258,7 +258,6 @@ def test_folder_named_mnist_is_not_called_mnist():
     assert metrics["data"] != "MNIST" and not metrics["is_mnist"]
 
 
-@pytest.mark.xfail(strict=False, reason="TopKSAE.save leaves the order of the header's entries to chance")
 def test_equal_runs_write_equal_bytes(letters):
     for out in "abc":
         run("--data", letters, *TINY, "--out", out)

@@ -8,8 +8,6 @@ import downstream
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.svm import LinearSVC
 
 import sae_helpers as sae
 
@@ -37,34 +35,49 @@ def test_codes_keep_n_features_by_value_or_above_the_next_one():
     assert torch.allclose(soft.sum(1), (ranked[:, :7] - ranked[:, 7:8]).sum(1))
 
 
-def test_lifetime_code_fires_each_feature_for_its_share_of_the_fitted_images():
-    pre = torch.randn(3000, 20) * torch.arange(1, 21) + torch.arange(20)
-    fires = (downstream.lifetime(pre, 0.1, 2000) > 0).double()
-    assert (fires[:2000].mean(0) - 0.1).abs().max() < 0.002
-    assert (fires[2000:].mean(0) - 0.1).abs().max() < 0.05
-
-
-def test_codes_of_members_stand_side_by_side():
-    model = sae.TopKSAE(12, 20, 3, seeds=(0, 1), b_dec=torch.rand(12))
+@pytest.mark.parametrize("encoder_map", [False, True])
+def test_codes_of_members_stand_side_by_side(encoder_map):
+    torch.manual_seed(0)
+    model = sae.TopKSAE(12, 20, 3, seeds=(0, 1), b_dec=torch.rand(12), encoder_map=encoder_map)
+    if encoder_map:
+        model.A.data += 0.3 * torch.randn(1, 12, 12)
     x = torch.rand(9, 12)
     values, indices = model.encode(x)
     both = downstream.codes(model, x, [1, 0], 3, downstream.hard).detach()
     expected = torch.zeros(2, 9, 20).scatter_(2, indices, values).detach()
     assert torch.allclose(both, torch.cat([expected[1], expected[0]], 1), atol=1e-6)
+    assert torch.allclose(downstream.pre_activations(model, 1, x), model.pre_activations(x)[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["logistic", "squared hinge"])
-def test_probes_side_by_side_find_what_scikit_learn_finds(problem, loss):
+@pytest.fixture
+def halves(problem, monkeypatch):
+    """The problem as a data set whose first 1,000 training images are fitted on."""
     features, labels = problem
-    features, fit = downstream.scaled(features, 1000), 1000
-    strengths = (1e-1, 1e-3)
-    predicted = downstream.side_by_side(features, labels, fit, strengths, loss, epochs=200)
-    for strength, ours in zip(strengths, predicted):
-        C = 1 / (strength * fit)
-        exact = LogisticRegression(C=C, max_iter=1000) if loss == "logistic" else LinearSVC(C=C, intercept_scaling=30)
-        exact.fit(features[:fit].numpy(), labels[:fit].numpy())
-        assert (exact.predict(features[fit:].numpy()) == ours.numpy()).mean() > 0.97
-        assert exact.score(features[fit:].numpy(), labels[fit:].numpy()) > 0.5  # chance is 0.1
+    monkeypatch.setattr(downstream, "CHOOSE_ON", 1000)
+    return sae.Images("blobs", (5, 6), features, labels, features[:0], labels[:0])
+
+
+def test_svm_reads_far_more_than_chance_with_sparse_and_with_dense_features(problem):
+    features, labels = problem
+    for one in (features, torch.where(features > 1.5, features, 0)):
+        model = downstream.support_vectors(downstream.scaled(one.clone(), 1000)[:1000], labels[:1000], 1e-3)
+        assert model.score(one[1000:].numpy(), labels[1000:].numpy()) > 0.4  # chance is 0.1
+
+
+def test_penalty_means_the_same_for_both_classifiers_whatever_the_number_of_images(problem):
+    features, labels = problem
+    for fit in (downstream.support_vectors, downstream.logistic):
+        once, twice = (fit(features.repeat(n, 1), labels.repeat(n), 1e-2).coef_ for n in (1, 2))
+        assert np.abs(once - twice).max() < 0.02 * np.abs(once).max()
+
+
+def test_strength_is_the_best_on_the_held_out_images(halves, monkeypatch):
+    errors = {}
+    for strengths in ((10.0,), (1e-3,), (10.0, 1e-3)):
+        monkeypatch.setattr(downstream, "STRENGTHS", strengths)
+        read, strength = downstream.held_out(halves, halves.train.clone())
+        errors[strengths] = (read != halves.train_labels[1000:]).sum().item(), strength
+    assert errors[10.0, 1e-3] == min(errors[(10.0,)], errors[(1e-3,)])
 
 
 def test_scaling_needs_no_look_at_held_out_images(problem):
@@ -74,10 +87,11 @@ def test_scaling_needs_no_look_at_held_out_images(problem):
     assert torch.equal(downstream.scaled(features.clone(), 1000)[:1000], downstream.scaled(other, 1000)[:1000])
 
 
-def test_held_out_images_do_not_reach_the_classifier(problem):
-    features, labels = problem
-    other = torch.cat([labels[:1000], labels[1000:].flip(0)])
-    first, second = (downstream.side_by_side(features, one, 1000, (1e-3,)) for one in (labels, other))
+def test_held_out_labels_do_not_reach_the_classifier(halves, monkeypatch):
+    monkeypatch.setattr(downstream, "STRENGTHS", (1e-3,))
+    labels = torch.cat([halves.train_labels[:1000], halves.train_labels[1000:].flip(0)])
+    other = replace(halves, train_labels=labels)
+    first, second = (downstream.held_out(one, one.train.clone())[0] for one in (halves, other))
     assert torch.equal(first, second)
 
 
@@ -88,14 +102,30 @@ def test_interval_covers_the_true_error_as_often_as_it_says():
     assert 0.92 <= covered <= 0.98
 
 
-def test_difference_comes_with_its_paired_standard_error():
+def test_difference_comes_with_its_paired_standard_error(halves):
     generator = torch.Generator().manual_seed(0)
-    base = torch.rand(4000, generator=generator) < 0.1
-    worse = base | (torch.rand(4000, generator=generator) < 0.01)
-    result = downstream.row("worse", [worse], [base])
-    only = (worse & ~base).double().mean().item()
-    assert result["difference"] == pytest.approx(only)
-    assert result["se"] == pytest.approx((only * (1 - only) / 4000) ** 0.5, rel=0.01)
+    truth = halves.train_labels[1000:]
+    base = torch.where(torch.rand(200, generator=generator) < 0.2, (truth + 1) % 10, truth)
+    worse = torch.where(torch.rand(200, generator=generator) < 0.1, (truth + 1) % 10, base)
+    result = downstream.row(halves, "worse", [worse], [base])
+    only = (worse != base).double().mean().item()
+    assert 0 < result["difference"] == pytest.approx(only)
+    assert result["se"] == pytest.approx((only * (1 - only) / 200) ** 0.5, rel=0.01)
+
+
+def test_representations_of_all_images_come_with_the_test_images(halves, monkeypatch):
+    monkeypatch.setattr(downstream, "train", lambda recipe, x: pytest.fail("pixels need no autoencoder"))
+    every = downstream.representations(halves, on_all=True)
+    assert every["raw pixels"]().shape == (len(halves.train) + len(halves.test), 30)
+    assert set(downstream.FEW) < set(every)
+
+
+def test_principal_components_rebuild_best(problem):
+    features, _ = problem
+    found = downstream.principal_components(features, 1000, 3)
+    centred = features - features[:1000].mean(0)
+    largest = torch.linalg.svdvals(centred[:1000])[:3].square()
+    assert torch.allclose(found[:1000].square().sum(0), largest, rtol=1e-3)
 
 
 def test_draws_give_every_digit_its_number():
@@ -106,7 +136,7 @@ def test_draws_give_every_digit_its_number():
     assert not torch.equal(chosen, downstream.draw(labels, 3, seed=1))
 
 
-def test_best_together_passes_over_a_copy_and_best_alone_does_not():
+def test_best_together_passes_over_a_copy():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(10, (5000,), generator=generator)
     target = (labels == 3).float()
@@ -114,7 +144,6 @@ def test_best_together_passes_over_a_copy_and_best_alone_does_not():
     copy = strong + 0.1 * torch.randn(5000, generator=generator)
     noise = torch.randn(5000, 5, generator=generator)
     features = downstream.standardised(torch.cat([torch.stack([strong, copy, weak], 1), noise], 1), 5000)
-    assert downstream.best_alone(features, labels, 2)[3].sort().values.tolist() == [0, 1]
     assert downstream.best_together(features, labels, 2)[3].tolist() == [0, 2]
 
 
@@ -125,17 +154,10 @@ def test_standardising_leaves_out_what_never_varies():
     assert result[:80, 1].std() == pytest.approx(1)
 
 
-def test_winner_take_all_gives_every_feature_its_share_of_a_batch():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(400, 4, generator=generator) ** 4 @ torch.rand(4, 16, generator=generator)
-    recipe = replace(
-        sae.RECIPES["improved"], n_members=2, d_sae=32, k=32, epochs=100, batch_size=100, learning_rate=0.01,
-        reinit="none", consistency_weight=0,
-    )  # fmt: skip
-    trainer = downstream.WinnerTakeAll(recipe, x)
-    _, fires, _ = trainer.update(x[:100])
-    assert (fires <= 5).all()
-    assert fires.double().mean() > 4
-    trainer.share = 0.25
-    history = trainer.run(progress=False).history["mse"]
-    assert (torch.tensor(history[-1]) < 0.5 * torch.tensor(history[0])).all()
+def test_few_labels_and_few_features_read_more_than_chance(problem):
+    features, labels = problem
+    few = downstream.with_few_labels(downstream.scaled(features.clone(), 1000), labels, 1000, 10, 1e-3, range(2))
+    assert len(few) == 2 and max(few) < 0.75  # chance is 0.9
+    found = downstream.with_few_features(features, labels, 1000)
+    assert list(found) == list(downstream.PER_CLASS)
+    assert found[1]["features"] <= 10 and found[20]["error"] < found[1]["error"] < 0.85

@@ -49,20 +49,6 @@ def test_image_without_variation_counts_as_zero(constant):
     assert_close(sae.pearson(x, x_hat), sae.pearson(x[:1], x_hat[:1]) / 2, **EXACT)
 
 
-def test_explained_variance_is_scikit_learns():
-    x, x_hat = draw(N, D_IN) + 1, draw(3, N, D_IN, seed=1)
-    # scikit-learn takes the mean of the images that it is given.
-    expected = [r2_score(x, x_hat[m], multioutput="variance_weighted") for m in range(3)]
-    actual = sae.explained_variance(x, x_hat, x.mean(0))
-    assert_close(actual, torch.tensor(expected, dtype=torch.float64), **EXACT)
-
-
-def test_explained_variance_is_zero_for_the_mean_image_and_one_for_the_image():
-    x, mean = draw(N, D_IN), draw(D_IN, seed=1)  # any mean: the training images', say
-    assert sae.explained_variance(x, mean.expand_as(x), mean).item() == 0
-    assert sae.explained_variance(x, x, mean).item() == 1
-
-
 # evaluate
 
 
@@ -114,7 +100,11 @@ def test_members_may_keep_different_numbers_of_features(images):
     model = sae.TopKSAE(D_IN, D_SAE, (2, 7), seeds=(0, 1), encoder_map=True)
     quality = sae.evaluate(model, images, images.mean(0))
     assert quality["activity"].sum(1).tolist() == pytest.approx([2, 7])
-    assert quality["mse"][0] > quality["mse"][1]
+    for m, k in enumerate((2, 7)):
+        alone = sae.evaluate(sae.TopKSAE(D_IN, D_SAE, k, seeds=(m,)), images, images.mean(0))
+        assert all(
+            quality[name][m].tolist() == pytest.approx(value[0].tolist(), rel=1e-5) for name, value in alone.items()
+        )
 
 
 def test_quality_is_that_of_the_reconstructions(model, images):
@@ -122,7 +112,23 @@ def test_quality_is_that_of_the_reconstructions(model, images):
     quality, x_hat = sae.evaluate(model, images, mean), model(images).detach()
     assert_close(quality["mse"], sae.mse(images, x_hat), rtol=1e-5, atol=0)
     assert_close(quality["pearson"], sae.pearson(images, x_hat), rtol=1e-5, atol=0)
-    assert_close(quality["explained_variance"], sae.explained_variance(images, x_hat, mean), rtol=1e-5, atol=1e-6)
+    expected = 1 - (x_hat - images).square().sum((1, 2)) / (images - mean).square().sum()
+    assert_close(quality["explained_variance"], expected, rtol=1e-5, atol=1e-6)
+    # scikit-learn takes the mean of the images that it is given.
+    expected = [r2_score(images, x_hat[m], multioutput="variance_weighted") for m in range(2)]
+    assert sae.evaluate(model, images, images.mean(0))["explained_variance"].tolist() == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_explained_variance_is_zero_for_the_mean_image_and_one_for_the_image(images):
+    model = sae.TopKSAE(D_IN, D_IN, D_IN, b_dec=images.mean(0), relu=True)
+    with torch.no_grad():
+        model.b_enc.fill_(-9)
+    quality = sae.evaluate(model, images, images.mean(0))
+    assert quality["explained_variance"].item() == pytest.approx(0, abs=1e-6) and quality["dead_fraction"] == 1
+    all_kept = sae.evaluate(sae.TopKSAE(D_IN, D_IN, D_IN), images, images.mean(0))
+    assert all_kept["explained_variance"].item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, N, N + 1])

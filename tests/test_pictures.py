@@ -1,10 +1,9 @@
-"""Pictures that name their data, tables, and claims that are checked."""
+"""What notebooks show: pictures that name their data, tables, stored results and claims that are checked."""
 
 from __future__ import annotations
 
-import io
+import json
 import math
-import warnings
 from dataclasses import replace
 
 import IPython.display
@@ -13,42 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from conftest import PROJECT, one_line_error
 
 import sae_helpers as sae
-
-
-@pytest.fixture(scope="module")
-def digits():
-    """28 × 28 pixels, under a name that no picture shows by chance."""
-    from sklearn.datasets import load_digits
-
-    images = torch.tensor(load_digits().images[:400], dtype=torch.float32).div(16)
-    images = images.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :28, :28].flatten(1)
-    labels = torch.tensor(load_digits().target[:400])
-    return sae.Images("Some Digits", (28, 28), images[:300], labels[:300], images[300:], labels[300:])
-
-
-@pytest.fixture(scope="module")
-def trained(digits):
-    recipe = replace(sae.RECIPES["improved"], n_members=2, epochs=4)
-    return sae.Trainer(recipe, digits.train).run(progress=False)
-
-
-def epochs(trained):
-    return [{"step": step, "test": {"mse": [0.05, 0.06], "pearson": [0.5, 0.6]}} for step in (6, 12)]
-
-
-def activity(trained, digits):
-    return sae.evaluate(trained.model, digits.test, digits.train.mean(0))["activity"]
-
-
-def plot(name, trained, digits):
-    return {
-        "reconstructions": lambda: sae.plot_reconstructions(trained.model, digits),
-        "training": lambda: sae.plot_training(trained.history, digits),
-        "training with epochs": lambda: sae.plot_training(trained.history, digits, epochs(trained)),
-        "features": lambda: sae.plot_features(trained.model, activity(trained, digits), digits),
-    }[name]()
 
 
 def tiles(figure, shape, columns, label=False):
@@ -62,96 +28,6 @@ def tiles(figure, shape, columns, label=False):
     return cut
 
 
-def labels(figure):
-    return [text.get_text() for text in figure.axes[0].texts]
-
-
-def text(figure):
-    return " ".join([figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)])
-
-
-def png(figure):
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
-
-
-every_plot = pytest.mark.parametrize("name", ["reconstructions", "training", "training with epochs", "features"])
-
-
-@every_plot
-def test_picture_names_its_data(name, trained, digits):
-    assert "Some Digits" in text(plot(name, trained, digits))
-
-
-@every_plot
-def test_picture_is_a_small_png(name, trained, digits):
-    content = png(plot(name, trained, digits))
-    assert content.startswith(b"\x89PNG") and 5_000 < len(content) < 300_000
-
-
-@every_plot
-def test_picture_warns_of_nothing(name, trained, digits):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert png(plot(name, trained, digits))
-
-
-@every_plot
-def test_nothing_of_a_picture_is_cut_off(name, trained, digits):
-    figure = plot(name, trained, digits)
-    figure.canvas.draw()
-    drawn, page = figure.get_tightbbox(), figure.bbox_inches.padded(1e-6)  # inches
-    assert page.x0 <= drawn.x0 and drawn.x1 <= page.x1 and page.y0 <= drawn.y0 and drawn.y1 <= page.y1
-
-
-def test_reconstructions_are_the_best_median_and_worst(trained, digits):
-    figure = sae.plot_reconstructions(trained.model, digits)
-    x_hat = trained.model(digits.test)[0].detach()
-    scores = torch.stack([sae.pearson(x[None], y[None]) for x, y in zip(digits.test, x_hat)])
-    ranked = scores.sort(descending=True).values
-    expected = [*ranked[:4], *ranked[48:52], *ranked[-4:]]
-    assert labels(figure)[12:] == [f"{score:.3f}" for score in expected]
-    images = [image.ravel() for image in tiles(figure, (28, 28), 12, label=True)]
-    assert len(images) == 24
-    for above, below, score in zip(images[:12], images[12:], expected):
-        assert np.corrcoef(above, below)[0, 1] == pytest.approx(score.item(), abs=1e-5)
-        assert any(np.allclose(above, image, atol=1e-6) for image in digits.test.numpy())
-
-
-def test_training_is_drawn_with_a_line_for_each_member(trained, digits):
-    history = trained.history
-    for axis, name in zip(sae.plot_training(history, digits, epochs(trained)).axes, ("mse", "pearson")):
-        drawn = [line.get_ydata() for line in axis.lines if len(line.get_ydata())]
-        for m in range(2):
-            assert np.allclose(drawn[m], [values[m] for values in history[name]], rtol=0, atol=0)
-        means = [np.mean(entry["test"][name]) for entry in epochs(trained)]
-        assert np.allclose(drawn[2], means, rtol=0, atol=0)
-        assert axis.get_xlabel() == "step" and axis.get_ylabel()
-
-
-def test_features_are_ordered_by_use(trained, digits):
-    use = torch.arange(1024).flip(0)[None].float().repeat(2, 1)  # feature 0 is used most
-    figure = sae.plot_features(trained.model, use, digits, n=4)
-    for image, feature in zip(tiles(figure, (28, 28), 20), (0, 341, 682, 1023), strict=True):
-        expected = trained.model.features()[0, feature]
-        assert np.allclose(image.ravel(), expected / expected.abs().max(), atol=1e-6)
-
-
-def test_dead_features_are_counted_in_the_title(trained, digits):
-    use = torch.ones(2, 1024)
-    use[0, :256] = 0
-    assert "25.0% dead" in sae.plot_features(trained.model, use, digits).get_suptitle()
-
-
-def test_few_features_are_each_shown_once(digits):
-    model = sae.TopKSAE(784, 30, 5)
-    figure = sae.plot_features(model, torch.rand(1, 30), digits)
-    shown = [tuple(image.ravel()) for image in tiles(figure, (28, 28), 20)]
-    assert len(shown) == len(set(shown)) == 30
-    assert "30 of 30" in figure.get_suptitle()
-
-
 def of_shape(height, width):
     """A data set of which only name and shape are asked."""
     nothing = torch.empty(0)
@@ -162,10 +38,40 @@ def test_images_fill_rows():
     images = torch.rand(7, 42)
     figure = sae.show_images(images, of_shape(6, 7), "seven", columns=3, titles=list("abcdefg"))
     assert np.allclose([tile.ravel() for tile in tiles(figure, (6, 7), 3, label=True)], images, atol=1e-6)
-    assert labels(figure) == list("abcdefg")
+    assert [text.get_text() for text in figure.axes[0].texts] == list("abcdefg")
     places = np.array([text.get_position() for text in figure.axes[0].texts])
     assert (np.diff(places[:3, 0]) > 0).all() and len(set(places[:3, 1])) == 1 and places[3, 1] > places[0, 1]
     assert figure.get_suptitle() == "shapes: seven"
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_few_images_are_shown_in_one_row(n):
+    images = torch.rand(n, 42)
+    figure = sae.show_images(images, of_shape(6, 7), "few", columns=4)
+    assert np.allclose([tile.ravel() for tile in tiles(figure, (6, 7), 4)], images, atol=1e-6)
+
+
+def test_title_stands_above_the_images_and_on_the_page():
+    for n, columns in ((1, 4), (40, 10), (3, 1)):
+        figure = sae.show_images(torch.rand(n, 42), of_shape(6, 7), "title", columns=columns, titles=["1"] * n)
+        figure.canvas.draw()
+        title, images = figure._suptitle.get_window_extent(), figure.axes[0].get_window_extent()
+        assert title.y0 >= images.y1 - 1 and title.y1 <= figure.bbox.y1 + 1
+
+
+def test_images_are_drawn_on_an_axis_that_is_given():
+    figure, axes = plt.subplots(1, 2)
+    images = torch.rand(3, 42)
+    assert sae.show_images(images, of_shape(6, 7), "here", columns=3, axis=axes[0]) is figure
+    assert axes[0].get_title() == "here" and not axes[1].images and len(plt.get_fignums()) == 1
+    assert np.allclose([tile.ravel() for tile in tiles(figure, (6, 7), 3)], images, atol=1e-6)
+
+
+def test_images_of_a_model_are_shown_as_they_are():
+    model = sae.TopKSAE(42, 50, 3)
+    x_hat = model(torch.rand(2, 42)).double()[0]  # with a gradient, in float64
+    shown = tiles(sae.show_images(x_hat, of_shape(6, 7), "two"), (6, 7), 10)
+    assert np.allclose([tile.ravel() for tile in shown], x_hat.detach(), atol=1e-6)
 
 
 def test_grey_images_share_a_scale_and_signed_ones_have_zero_in_the_middle():
@@ -179,7 +85,9 @@ def test_grey_images_share_a_scale_and_signed_ones_have_zero_in_the_middle():
 
 
 def test_signed_colours_grow_lighter():
-    red, green, blue = matplotlib.colors.to_rgba_array(sae.SIGNED(np.linspace(0, 1, sae.SIGNED.N)))[:, :3].T
+    figure = sae.show_images(torch.rand(1, 2), of_shape(1, 2), "one", signed=True)
+    colours = figure.axes[0].images[0].cmap
+    red, green, blue = matplotlib.colors.to_rgba_array(colours(np.linspace(0, 1, colours.N)))[:, :3].T
     lightness = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     assert (np.diff(lightness) > 0).all()
 
@@ -190,7 +98,7 @@ def test_shown_figure_names_its_data():
     assert [text.get_text() for text in figure.texts] == ["shapes"]
 
 
-# Tables and claims
+# Tables, stored results and claims
 
 
 @pytest.fixture
@@ -211,31 +119,49 @@ def test_bar_in_a_cell_does_not_end_it(shown):
     assert shown == ["| \\|x\\| |\n| --- |\n| a\\|b |\n\n*Data: shapes*"]
 
 
-@pytest.fixture
-def known(small_mnist):
-    return sae.load_mnist(small_mnist)
+def test_stored_results_are_those_of_the_benchmark():
+    path = PROJECT / "benchmarks" / "results" / "downstream.json"
+    assert sae.stored_results("downstream") == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("place", ["project", "installation", "here"])
+def test_stored_results_are_found_without_the_project(tmp_path, monkeypatch, place):
+    folders = {"project": "benchmarks/results", "installation": "prefix/share/mnist-sae", "here": "."}
+    (tmp_path / folders[place]).mkdir(parents=True, exist_ok=True)
+    (tmp_path / folders[place] / "speed.json").write_text('{"länge": [1]}', encoding="utf-8")
+    monkeypatch.setattr(sae, "_PROJECT", tmp_path)
+    monkeypatch.setattr(sae.sys, "prefix", str(tmp_path / "prefix"))
+    monkeypatch.chdir(tmp_path)
+    assert sae.stored_results("speed") == {"länge": [1]}
+
+
+def test_results_that_are_nowhere_are_named():
+    with one_line_error("none.json is not here", "beside the notebook"):
+        sae.stored_results("none")
+
+
+KNOWN = replace(of_shape(1, 1), is_mnist=True)
 
 
 @pytest.mark.parametrize("measured", [0.1, 0.15, 0.2])
-def test_claim_that_holds_is_shown_to_hold(shown, known, measured):
-    sae.check_claims([("loss", measured, 0.1, 0.2)], known)
-    assert f"| loss | {measured:.4g} | 0.1 to 0.2 | holds |" in shown[0]
+def test_claims_that_hold_take_one_line(measured, capsys):
+    sae.check_claims([("loss", measured, 0.1, 0.2), ("share", 1, 1, 1)], KNOWN)
+    assert capsys.readouterr().out == "2 claims, all hold\n"
 
 
 @pytest.mark.parametrize("measured", [0.0999, 0.2001, math.nan, math.inf])
-def test_claim_that_fails_raises_and_is_shown(shown, known, measured):
-    claims = [("loss", measured, 0.1, 0.2), ("share", 0.5, 0, 1)]
-    with pytest.raises(AssertionError, match=f"loss: measured {measured:.4g}, accepted 0.1 to 0.2"):
-        sae.check_claims(claims, known)
-    assert "**FAILS**" in shown[0] and "| share | 0.5 | 0 to 1 | holds |" in shown[0]
+def test_claim_that_fails_is_named_alone(measured):
+    with pytest.raises(AssertionError) as caught:
+        sae.check_claims([("share", 0.5, 0, 1), ("loss", measured, 0.1, 0.2)], KNOWN)
+    assert str(caught.value) == f"loss: {measured:.4g}, not 0.1 to 0.2"
 
 
-def test_every_failed_claim_is_named(shown, known):
-    with pytest.raises(AssertionError, match=r"first: .*; second: "):
-        sae.check_claims([("first", 1, 2, 3), ("second", 4, 2, 3)], known)
+def test_every_failed_claim_is_named():
+    claims = iter([("first", 1, 2, 3), ("second", 2, 2, 3), ("third", 4, 2, 3)])  # may be made one by one
+    with pytest.raises(AssertionError, match="^first: 1, not 2 to 3; third: 4, not 2 to 3$"):
+        sae.check_claims(claims, KNOWN)
 
 
-def test_claims_are_not_checked_on_other_data(shown, digits):
-    sae.check_claims([("loss", 0.15, 0.1, 0.2), ("share", 7, 0, 1)], digits)
-    assert shown[0].count("not checked (not MNIST)") == 2
-    assert not any(word in shown[0] for word in ("holds", "FAILS"))
+def test_claims_are_not_checked_on_other_data(capsys):
+    sae.check_claims([("loss", 0.15, 0.1, 0.2), ("share", 7, 0, 1)], of_shape(1, 1))
+    assert capsys.readouterr().out == "2 claims, not checked (not MNIST)\n"

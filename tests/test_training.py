@@ -1,12 +1,15 @@
-"""Training: the consistency loss, the alignment of members, determinism, stop and resume, schedule, settings."""
+"""Training: the consistency loss, the alignment of members, determinism, schedule, moments, precision, settings."""
 
 from __future__ import annotations
 
-import io
+import copy
 import itertools
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,9 +22,10 @@ import sae_helpers as sae
 D_IN, D_SAE, K, N = 20, 32, 5, 100
 # 100 images in batches of 32 are four steps an epoch, the last one of four images.
 SMALL = sae.Recipe(
-    "small", decoder_bias=True, learning_rate=5e-3, decay=0.5, reinit="none", d_sae=D_SAE, k=K, n_members=3, epochs=4,
-    batch_size=32, consistency_weight=0, match_every=5,
+    "small", encoder_map=False, row_moments=False, selection_floor=0, learning_rate=5e-3, decay=0.5, d_sae=D_SAE, k=K,
+    n_members=3, epochs=4, batch_size=32, consistency_weight=0, match_every=5,
 )  # fmt: skip
+ALL = dict(encoder_map=True, row_moments=True, selection_floor=0.5, consistency_weight=0.01)  # that a recipe can switch
 EXACT = dict(rtol=0, atol=1e-12)
 
 
@@ -38,19 +42,23 @@ def trainer(double=False, steps=0, **changes):
     return result
 
 
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def twin(of):
     """Another trainer that stands where `of` stands."""
-    result = trainer(double=of.x.dtype == torch.float64, seed=of.recipe.seed, relu=of.recipe.relu)
-    result.recipe = of.recipe
-    result.load_state_dict(through_a_file(of.state_dict()))
+    result = sae.Trainer(of.recipe, of.x)
+    result.model.load_state_dict(of.model.state_dict())
+    result.optimizer.load_state_dict(copy.deepcopy(of.optimizer.state_dict()))
+    result.generator.set_state(of.generator.get_state())
+    for name in ("fires", "use", "scale"):
+        getattr(result, name).copy_(getattr(of, name))
+    for name in ("order", "step", "restarts", "history"):
+        setattr(result, name, copy.deepcopy(getattr(of, name)))
     return result
+
+
+def batch(one):
+    """The images of the step that was just taken."""
+    position = (one.step - 1) % one.steps_per_epoch
+    return one.x[one.order[position * one.recipe.batch_size : (position + 1) * one.recipe.batch_size]]
 
 
 def parameters(of):
@@ -69,12 +77,15 @@ def moments_of(of, m):
 def assert_identical(a, b):
     for name, tensor in a.model.state_dict().items():
         assert torch.equal(tensor, b.model.state_dict()[name]), name
-    for p, q in zip(a.parts, b.parts):
-        for part in p:
-            for name, tensor in a.optimizer.state.get(p[part], {}).items():
-                assert torch.equal(tensor, b.optimizer.state[q[part]][name]), name
-    assert torch.equal(a.fires, b.fires) and a.reinits == b.reinits
-    assert a.history == b.history and a.step == b.step
+    states = [
+        [one.optimizer.state.get(p, {}) for g in one.optimizer.param_groups for p in g["params"]] for one in (a, b)
+    ]
+    for state, other in zip(*states, strict=True):
+        for name, tensor in state.items():
+            assert torch.equal(tensor, other[name]), name
+    for name in ("fires", "use", "scale"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert a.history == b.history and a.step == b.step and a.restarts == b.restarts
 
 
 def consistency(W):
@@ -121,16 +132,6 @@ def test_training_adds_the_consistency_gradient_and_warms_it_up(step, share):
     assert_close(with_loss.model.W.grad - without.model.W.grad, 0.1 * share * gradient, **EXACT)
 
 
-def test_consistency_weight_falls_late_in_training():
-    one = trainer(consistency_weight=0.1, consistency_warmup=1, consistency_until=0.5)  # 16 steps
-    weights = []
-    for _ in range(16):
-        one.train_step()
-        weights.append(one.weight.item())
-    expected = [0, *[0.1] * 7, *(0.1 * (16 - step) / 8 for step in range(8, 16))]
-    assert weights == pytest.approx(expected, rel=1e-6)
-
-
 def test_training_with_the_consistency_loss_makes_members_alike():
     cosines = [
         sae.matched_cosine(trainer(steps=16, consistency_weight=weight, consistency_warmup=1).model.features())
@@ -151,14 +152,14 @@ def test_one_member_has_nothing_to_agree_with():
 def test_alignment_moves_features_with_their_moments():
     one = trainer(steps=6)
     moments = [moments_of(one, m) for m in range(3)]
-    before, fires = parameters(one), one.fires.clone()
+    before, fires, use = parameters(one), one.fires.clone(), one.use.clone()
     one.align_members()
     assert torch.equal(one.model.W[0], before["W"][0])
     for m in range(3):
         order = torch.cdist(one.model.W[m].detach(), before["W"][m]).argmin(1)
         assert m == 0 or (order != torch.arange(D_SAE)).any()  # else nothing is shown
         assert torch.equal(order.sort().values, torch.arange(D_SAE))
-        assert torch.equal(one.fires[m], fires[m, order])
+        assert torch.equal(one.fires[m], fires[m, order]) and torch.equal(one.use[m], use[m, order])
         for name in ("W", "b_enc"):
             assert torch.equal(getattr(one.model, name)[m], before[name][m, order])
             for key in ("exp_avg", "exp_avg_sq"):
@@ -195,14 +196,14 @@ def test_sharing_keeps_the_mean_and_leaves_the_biases_alone():
 
 
 def test_alignment_changes_no_reconstruction():
-    one = trainer(double=True, steps=6)
+    one = trainer(double=True, steps=6, **ALL)
     before = one.model(one.x).detach()
     one.align_members()
     assert_close(one.model(one.x).detach(), before, **EXACT)
 
 
 def test_training_goes_on_after_alignment_as_if_nothing_had_happened():
-    aligned = trainer(double=True, steps=6)
+    aligned = trainer(double=True, steps=6, **ALL | {"consistency_weight": 0})
     plain = twin(aligned)
     aligned.align_members()
     assert (aligned.model.W != plain.model.W).any()
@@ -224,7 +225,7 @@ def test_each_member_stands_beside_the_sum_of_those_before_it():
     one.align_members()
     features = one.model.features()
     for m in (1, 2):
-        order, _ = sae.match_features(features[:m].sum(0), features[m])
+        order, _ = sae.match_features(features[:m].sum(0), features[m], exact=False)
         assert torch.equal(order, torch.arange(D_SAE))
 
 
@@ -237,10 +238,11 @@ def test_members_are_aligned_as_often_as_the_recipe_says():
     assert aligned_at == [0, 5, 10]
 
 
-def test_training_that_diverges_is_named():
+@pytest.mark.parametrize("rate, changes", [(1e18, {}), (1e30, ALL)], ids=["plain", "all"])
+def test_training_that_diverges_is_named(rate, changes):
     # Features that are no numbers cannot be matched, and their quality is no JSON.
-    with one_line_error("learning_rate", 1e30):
-        trainer(learning_rate=1e30, consistency_weight=0.1).run(progress=False)
+    with one_line_error("learning_rate", rate):
+        trainer(**changes | {"learning_rate": rate, "consistency_weight": 0.1}).run(progress=False)
 
 
 # Members and seeds
@@ -259,7 +261,6 @@ def test_ensemble_trains_like_separate_members():
             alone.train_step()
         assert_close(alone.model.W[0], together.model.W[m], rtol=0, atol=1e-10)
         assert_close(alone.model.b_enc[0], together.model.b_enc[m], rtol=0, atol=1e-10)
-        assert_close(alone.model.b_dec[0], together.model.b_dec[m], rtol=0, atol=1e-10)
 
 
 def test_member_does_not_depend_on_the_size_of_the_ensemble():
@@ -272,7 +273,7 @@ def test_ensembles_of_different_seeds_share_no_member():
 
 
 def test_same_seed_gives_the_same_training():
-    assert_identical(*(trainer(steps=10, consistency_weight=0.01, seed=7) for _ in range(2)))
+    assert_identical(*(trainer(steps=10, seed=7, **ALL) for _ in range(2)))
 
 
 def test_other_seed_gives_another_training():
@@ -293,29 +294,39 @@ def test_every_epoch_shows_every_image_once():
         orders.append(one.order)
         assert torch.equal(one.order.sort().values, torch.arange(N))
     assert (orders[0] != orders[1]).any()
-    assert one.epoch == 2
 
 
-def test_one_step_is_one_step_of_adam_on_the_batch():
-    one = trainer(double=True)
-    reference = sae.TopKSAE(D_IN, D_SAE, K, seeds=(0,) * 3, b_dec=torch.zeros(D_IN)).double()
+@pytest.mark.parametrize("encoder_map", [False, True])
+def test_step_is_one_step_of_adam_on_the_batch(encoder_map):
+    one = trainer(double=True, encoder_map=encoder_map)
+    reference = sae.TopKSAE(D_IN, D_SAE, K, seeds=(0,) * 3, encoder_map=encoder_map).double()
     reference.load_state_dict(one.model.state_dict())
-    optimizer = torch.optim.Adam(reference.parameters(), lr=SMALL.learning_rate)
-    one.train_step()
-    x = one.x[one.order[:32]]
-    sum(F.mse_loss(x_hat, x) for x_hat in reference.decode(*reference.encode(x))).backward()
-    optimizer.step()
+    groups = [{"params": [p], "lr": SMALL.learning_rate / 4 ** (n == "A")} for n, p in reference.named_parameters()]
+    optimizer = torch.optim.Adam(groups)
+    for _ in range(3):  # A's gradient is one of all members
+        one.train_step()
+        optimizer.zero_grad()
+        sum(F.mse_loss(x_hat, batch(one)) for x_hat in reference.decode(*reference.encode(batch(one)))).backward()
+        optimizer.step()
     for name, tensor in reference.state_dict().items():
         assert_close(one.model.state_dict()[name], tensor, rtol=0, atol=1e-10)
+    assert not encoder_map or (torch.eye(D_IN) != one.model.A).all()
 
 
 def test_run_trains_to_the_end_and_reports_each_epoch():
     seen = []
     one = trainer()
-    assert one.run(progress=False, after_epoch=lambda t: seen.append((t.epoch, t.step))) is one
-    assert seen == [(1, 4), (2, 8), (3, 12), (4, 16)]
+    assert one.run(progress=False, after_epoch=lambda t: seen.append((t, t.step))) is one
+    assert seen == [(one, 4), (one, 8), (one, 12), (one, 16)]
     first, last = one.history["mse"][0], one.history["mse"][-1]
     assert all(b < 0.8 * a for a, b in zip(first, last))
+
+
+def test_run_goes_on_from_where_training_stands():
+    one = trainer(steps=6, **ALL)
+    assert_identical(one.run(progress=False), trainer(**ALL).run(progress=False))
+    assert one.step == 16
+    assert_identical(one.run(progress=False), twin(one))  # and at the end there is nothing left to do
 
 
 @pytest.mark.parametrize("progress", [True, False])
@@ -332,19 +343,37 @@ def test_history_is_measured_before_every_tenth_step():
     x = one.x[twin_order(one, 10)]
     assert_close(torch.tensor(one.history["mse"][1]), sae.mse(x, model(x)).detach())
     assert_close(torch.tensor(one.history["pearson"][1]), sae.pearson(x, model(x)).detach())
+    assert all(len(values) == 3 for values in one.history.values())
+    assert json.loads(json.dumps(one.history, allow_nan=False)) == one.history
 
 
-def test_dead_features_are_those_silent_since_the_look_before_the_last():
-    one, fires = trainer(epochs=6, k=1), []
-    one.look_every = 4
-    for _ in range(21):
+@pytest.mark.parametrize("relu", [False, True])
+def test_history_counts_dead_and_rare_features_by_their_use(relu):
+    one = trainer(double=True, relu=relu, k=(2, 5, 9))
+    one.log_every, one.memory = 1, 0.01  # a feature that is not used is dead after three steps
+    with torch.no_grad():
+        one.model.b_enc -= 1.5 * relu  # so that not all kept values are above zero
+    seen = []
+    for _ in range(16):
+        before = one.fires.clone()
         one.train_step()
-        fires.append(one.fires.clone())
-    # Entries of the steps 0, 10, 20, each with its batch; looks after 4, 8, 12, 16 and 20 steps.
-    for entry, (first, last) in zip(one.history["dead_fraction"], ((None, 0), (3, 10), (15, 20))):
-        window = fires[last] - (fires[first] if first is not None else 0)
-        assert entry == pytest.approx((window == 0).double().mean(1).tolist())
-    assert any(0 < share < 1 for share in one.history["dead_fraction"][2])
+        share = one.use / one.use.sum(1, keepdim=True) * (one.fires - before).sum(1, keepdim=True) / len(batch(one))
+        for name, limit in (("dead_fraction", 1e-5), ("rare_fraction", 1e-3)):
+            expected = [sum(value < limit for value in member) / D_SAE for member in share.tolist()]
+            assert one.history[name][-1] == pytest.approx(expected, rel=1e-6)
+            seen += expected
+    assert len(set(seen)) > 5
+
+
+def test_consistency_of_history_is_the_loss_before_the_step():
+    one = trainer(double=True, consistency_weight=0.1)
+    one.log_every, one.match_every = 1, 100
+    for _ in range(3):
+        one.align_members()
+        expected = consistency(one.model.W.detach())
+        one.train_step()
+        assert one.history["consistency"][-1] == pytest.approx(expected.item(), abs=1e-3)
+    assert trainer(steps=1).history["consistency"] == [0]
 
 
 def twin_order(one, step):
@@ -356,50 +385,15 @@ def twin_order(one, step):
     return order[position : position + one.recipe.batch_size]
 
 
-def test_decoder_bias_starts_at_the_mean_image_and_is_trained():
-    one = trainer()
+@pytest.mark.parametrize("changes", [{}, ALL], ids=["plain", "all"])
+def test_centre_is_the_mean_image_and_stays(changes):
+    one = trainer(steps=3, **changes)
     assert torch.equal(one.model.b_dec, one.x.mean(0).expand(3, -1))
-    one.train_step()
-    assert (one.model.b_dec != one.x.mean(0)).any(1).all()
 
 
-def test_without_decoder_bias_it_stays_zero():
-    assert not trainer(steps=3, decoder_bias=False).model.b_dec.any()
-
-
-# Stop and resume
-
-
-@pytest.mark.parametrize("stop", [0, 6, 8], ids=["before the first step", "within an epoch", "between epochs"])
-@pytest.mark.parametrize("reinit", ["members", "features"])
-def test_stopped_and_resumed_is_as_if_never_stopped(stop, reinit):
-    def begun():
-        one = trainer(consistency_weight=0.01, consistency_warmup=3, seed=5, reinit=reinit)
-        one.log_every, one.look_every, one.rare, one.monitor_threshold = 3, 4, 1.0, 3.0
-        return one
-
-    whole = begun().run(progress=False)
-    assert whole.reinits[0][0] <= 6 < whole.reinits[-1][0]  # before and after the stop
-    stopped = begun()
-    for _ in range(stop):
-        stopped.train_step()
-    state = through_a_file(stopped.state_dict())
-    resumed = begun()
-    resumed.load_state_dict(state)
-    assert resumed.step == stop
-    resumed.run(progress=False)
-    assert_identical(resumed, whole)
-
-
-def test_training_on_leaves_a_loaded_state_as_it_was():
-    one = trainer(steps=6)
-    state = through_a_file(one.state_dict())
-    resumed = trainer()
-    resumed.load_state_dict(state)
-    resumed.run(progress=False)
-    again = trainer()
-    again.load_state_dict(state)
-    assert_identical(again, one)
+def test_without_decoder_bias_the_centre_is_zero():
+    one = trainer(steps=3, decoder_bias=False)
+    assert not one.model.b_dec.any() and one.x.mean(0).abs().max() > 0.1
 
 
 # Learning rate
@@ -428,13 +422,6 @@ def test_learning_rate_can_fall_from_the_start():
     assert rates(decay=1) == pytest.approx([0.1 * (40 - step) / 40 for step in range(40)], rel=1e-12)
 
 
-def test_learning_rate_can_fall_fast_at_first():
-    result = rates(decay=0.5, decay_power=0.5)
-    assert result[:21] == [0.1] * 21
-    expected = [0.1 * (1 - math.sqrt((step - 20) / 20)) for step in range(20, 40)]
-    assert result[20:] == pytest.approx(expected, rel=1e-12)
-
-
 def test_optimizer_takes_the_steps_learning_rate():
     one = trainer(steps=12)
     expected = one.learning_rates()[0]
@@ -442,39 +429,54 @@ def test_optimizer_takes_the_steps_learning_rate():
     assert one.optimizer.param_groups[0]["lr"] == expected < SMALL.learning_rate
 
 
-@pytest.mark.parametrize("changes", [{"learning_rate": (1e-3, 5e-3, 1e-2)}, {"k": (2, 5, 9)}], ids=["rate", "k"])
-def test_members_with_their_own_settings_train_like_separate_ones(changes):
-    together = trainer(double=True, **changes)
-    start = parameters(together)["W"]
+def test_map_takes_a_quarter_of_the_mean_learning_rate():
+    one = trainer(steps=12, encoder_map=True, learning_rate=(1e-3, 2e-3, 6e-3))
+    rates = one.learning_rates()
+    one.train_step()
+    assert [group["lr"] for group in one.optimizer.param_groups] == pytest.approx([*rates, 3e-3 * rates[0] / 1e-3 / 4])
+    assert len(one.optimizer.param_groups[-1]["params"]) == 1
+    assert one.optimizer.param_groups[-1]["params"][0] is one.model.A
+
+
+OWN = {"learning_rate": (1e-3, 5e-3, 1e-2), "k": (2, 5, 9)}
+
+
+@pytest.mark.parametrize("floor", [0, 0.9])
+@pytest.mark.parametrize("names", [("learning_rate",), ("k",), ("learning_rate", "k")], ids=" and ".join)
+def test_members_with_their_own_settings_train_like_separate_ones(names, floor):
+    own, shared = {name: OWN[name] for name in names}, {"selection_floor": floor, "row_moments": True}
+    together = trainer(double=True, **own, **shared)
+    assert together.recipe.learning_rate == own.get("learning_rate", SMALL.learning_rate)
+    start, helped = parameters(together)["W"], 0
+    together.memory = 0.5  # so that features fall below the floor within a few steps
     for _ in range(10):
+        helped += (together.boost() > 0).any(1).long() if floor else 0
         together.train_step()
+    assert not floor or (helped >= 5).all()  # in every member
     for m in range(3):
-        alone = trainer(double=True, n_members=1, **{name: values[m] for name, values in changes.items()})
+        alone = trainer(double=True, n_members=1, **{name: values[m] for name, values in own.items()}, **shared)
+        alone.memory = 0.5
         with torch.no_grad():
             alone.model.W[0] = start[m]
         for _ in range(10):
             alone.train_step()
-        assert_close(alone.model.W[0], together.model.W[m], rtol=0, atol=1e-10)
+        for name in ("W", "b_enc"):
+            assert_close(getattr(alone.model, name)[0], getattr(together.model, name)[m], rtol=0, atol=1e-10)
+        for name in ("fires", "use", "scale"):
+            assert_close(getattr(alone, name)[0], getattr(together, name)[m], rtol=0, atol=1e-10)
     assert together.history["learning_rate"][0] == list(sae.per_member("", together.recipe.learning_rate, 3))
-
-
-def test_members_with_their_own_k_start_rare_features_anew():
-    one = trainer(k=(2, 5, 9), reinit="features")
-    one.look_every, one.rare = 5, 1.0
-    for _ in range(5):
-        one.train_step()
-    assert all(one.reinits[0][1])
 
 
 # Precision
 
 
-def test_bfloat16_trains_like_float32_up_to_rounding():
-    runs = {name: trainer(steps=12, precision=name) for name in ("float32", "bfloat16", "auto")}
+@pytest.mark.parametrize("changes", [{}, ALL], ids=["plain", "all"])
+def test_bfloat16_trains_like_float32_up_to_rounding(changes):
+    runs = {name: trainer(steps=12, precision=name, **changes) for name in ("float32", "bfloat16", "auto")}
     assert_identical(runs["auto"], runs["float32"])  # on a CPU
     low, full = runs["bfloat16"], runs["float32"]
     assert not low.scaler.is_enabled()
-    assert low.model.W.dtype == low.model.W.grad.dtype == torch.float32
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in low.model.parameters())
     assert all(state["exp_avg"].dtype == torch.float32 for state in low.optimizer.state.values())
     assert (low.model.W != full.model.W).any()
     for a, b in zip(low.history["mse"][-1], full.history["mse"][-1]):
@@ -483,139 +485,137 @@ def test_bfloat16_trains_like_float32_up_to_rounding():
 
 def test_bfloat16_is_the_precision_of_the_products(monkeypatch):
     seen = []
-    original = sae._encode
-    monkeypatch.setattr(sae, "_encode", lambda *given: (seen.append(original(*given)), seen[-1])[1])
+    original = sae._keep
+    monkeypatch.setattr(sae, "_keep", lambda *given: (seen.append(given[0].dtype), original(*given))[1])
     trainer(steps=1, precision="bfloat16")
     trainer(steps=1)
-    assert [values.dtype for values, _ in seen] == [torch.bfloat16, torch.float32]
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize(
-    "precision, device", [("float16", "cpu"), ("float16", "mps"), ("bfloat16", "mps")], ids=lambda value: value
+    "precision, device", [("float16", "cpu"), ("float16", "meta"), ("bfloat16", "meta")], ids=lambda value: value
 )
 def test_precision_that_a_device_does_not_train_in_is_named(precision, device):
     with one_line_error(precision, device, "choose auto or float32"):
-        sae.pick_precision(precision, torch.device(device))
+        sae.Trainer(replace(SMALL, precision=precision), draw(N, D_IN).float(), device)
 
 
-def test_precision_of_each_device():
-    auto = {device: sae.pick_precision("auto", torch.device(device)) for device in ("cpu", "cuda", "mps")}
-    assert auto == {"cpu": torch.float32, "cuda": torch.float16, "mps": torch.float32}
-
-
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def cuda_run(steps=16, capture=True, **changes):
-    changes = {"precision": "float32", "consistency_weight": 0.1, "reinit": "features", **changes}
-    one = sae.Trainer(replace(SMALL, **changes), draw(N, D_IN).float(), "cuda")
-    one.capture, one.look_every, one.rare = capture, 5, 1.0
-    for _ in range(steps):
-        one.train_step()
-    return one
-
-
-@on_cuda
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_captured_step_is_the_plain_one(precision):
-    captured, plain = (cuda_run(capture=capture, precision=precision) for capture in (True, False))
-    assert captured.graph is not None and plain.graph is None
-    assert captured.reinits and captured.reinits == plain.reinits
-    assert_close(captured.model.W, plain.model.W, rtol=0, atol=1e-4)
-    assert_close(torch.tensor(captured.history["mse"]), torch.tensor(plain.history["mse"]), rtol=1e-3, atol=0)
-
-
-@on_cuda
-def test_float16_uses_a_scaler_and_trains():
-    low, full = cuda_run(precision="auto"), cuda_run()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("changes", [{}, ALL], ids=["plain", "all"])
+def test_float16_uses_a_scaler_and_trains(changes):
+    runs = []
+    for precision in ("auto", "float32"):
+        recipe = replace(SMALL, precision=precision, **changes)
+        runs.append(sae.Trainer(recipe, draw(N, D_IN).float(), "cuda").run(progress=False))
+    low, full = runs
     assert low.precision == torch.float16 and low.scaler.is_enabled() and not full.scaler.is_enabled()
     for a, b in zip(low.history["mse"][-1], full.history["mse"][-1]):
         assert a == pytest.approx(b, rel=0.05)
 
 
-@on_cuda
-def test_stopped_and_resumed_on_cuda():
-    whole, stopped = cuda_run(precision="float16"), cuda_run(steps=9, precision="float16")
-    resumed = cuda_run(steps=0, precision="float16")
-    resumed.load_state_dict(through_a_file(stopped.state_dict()))
-    while resumed.step < whole.step:
-        resumed.train_step()
-    assert_close(resumed.model.W, whole.model.W, rtol=0, atol=1e-3)
-
-
-@on_cuda
-def test_step_that_cannot_be_captured_goes_on_without(capsys):
-    class Asks(sae.Trainer):
-        def losses(self, x, x_hat):
-            assert super().losses(x, x_hat).sum().item() > 0  # waits for the device
-            return super().losses(x, x_hat)
-
-    one = Asks(replace(SMALL, precision="float16"), draw(N, D_IN).float(), "cuda").run(progress=False)
-    assert one.graph is None and "cannot be captured" in capsys.readouterr().err
-
-
 # Settings
+
+
+NO_NUMBERS = (
+    math.nan,
+    math.inf,
+    -math.inf,
+    True,
+    "5",
+    None,
+    1j,
+    np.array([[1, 2], [3, 4]]),
+    torch.ones(2, 2),
+    np.bool_(True),
+)
 
 
 @pytest.mark.parametrize(
     "field, value",
     [
-        *((field, value) for field in ("d_sae", "k", "n_members", "epochs", "batch_size") for value in (0, -3)),
+        *((field, value) for field in ("d_sae", "k", "n_members", "epochs", "batch_size") for value in (0, -3, 2.5)),
+        *((field, value) for field in ("k", "epochs", "seed", "learning_rate", "decay") for value in NO_NUMBERS),
+        *((field, 2**31) for field in ("d_sae", "n_members", "epochs", "batch_size", "consistency_warmup")),
         ("match_every", 0),
-        ("reinit", "both"),
+        ("consistency_warmup", -1),
         ("precision", "float8"),
-        ("learning_rate", (1e-3, -0.5, 1e-3)),
-        ("learning_rate", (1e-3, 1e-3)),
-        ("k", (3, 0, 3)),
-        ("k", (3, 3)),
-        *(("learning_rate", value) for value in (0.0, -0.5, math.nan, math.inf)),
-        *(("consistency_weight", value) for value in (-0.5, math.nan, math.inf)),
-        *((f, v) for f in ("decay", "reinit_until", "consistency_until") for v in (-0.5, 1.5, math.nan)),
-        *(("decay_power", value) for value in (0.0, -1.0, math.nan, math.inf)),
+        *(("learning_rate", value) for value in ((1e-3, -0.5, 1e-3), (1e-3, 1e-3), (), [1e-3, "1", 1e-3])),
+        *(("k", value) for value in ((3, 0, 3), (3, 3), (3, 2.5, 3), [3, D_SAE + 1, 3])),
+        *(("learning_rate", value) for value in (0.0, -0.5, 1e31, 10**400)),
+        *((f, v) for f in ("consistency_weight", "selection_floor") for v in (-0.5, math.nan, math.inf, "0")),
+        *((f, v) for f in ("decay", "selection_floor") for v in (-0.5, 1.5, Fraction(3, 2))),
         *(("seed", value) for value in (-1, 2**32)),
         ("k", D_SAE + 1),
     ],
 )
 def test_setting_that_makes_no_sense_is_named(field, value):
-    with one_line_error(field, *([] if isinstance(value, tuple) else [value])):
+    with one_line_error(field):
         replace(SMALL, **{field: value})
+
+
+def test_refused_setting_is_shown_with_what_it_must_be():
+    with one_line_error("k is 2.5: it must be a whole number from 1 to 32"):
+        replace(SMALL, k=2.5)
+    with one_line_error("learning_rate is nan: it must be a number from"):
+        replace(SMALL, learning_rate=np.float32("nan"))
+    with one_line_error("precision is 'float8'", "auto, float32, float16 or bfloat16"):
+        replace(SMALL, precision="float8")
+
+
+@pytest.mark.parametrize("field", ["d_sae", "n_members", "epochs", "batch_size", "seed", "decay", "selection_floor"])
+def test_setting_that_all_members_share_has_one_value(field):
+    with one_line_error(field):
+        replace(SMALL, **{field: (1, 1, 1)})
+
+
+@pytest.mark.parametrize(
+    "field, given, meant",
+    [
+        ("k", np.int64(5), 5),
+        ("k", 5.0, 5),
+        ("k", np.float32(5), 5),
+        ("k", torch.tensor(5), 5),
+        ("k", (np.int64(5), 6.0, torch.tensor(7)), (5, 6, 7)),
+        ("k", [5, 6, 7], (5, 6, 7)),
+        ("k", Fraction(5), 5),
+        ("epochs", np.int64(2), 2),
+        ("seed", np.uint32(2**32 - 1), 2**32 - 1),
+        ("learning_rate", np.float32(1e-3), float(np.float32(1e-3))),
+        ("learning_rate", torch.tensor(0.5), 0.5),
+        ("learning_rate", 1, 1.0),
+        ("learning_rate", [np.float64(0.1), torch.tensor(0.5, dtype=torch.float64), 1], (0.1, 0.5, 1.0)),
+        ("decay", np.float16(0.5), 0.5),
+        ("selection_floor", 0, 0.0),
+    ],
+    ids=str,
+)
+def test_numbers_of_any_kind_become_pythons(field, given, meant):
+    recipe = replace(SMALL, **{field: given})
+    found = getattr(recipe, field)
+    assert found == meant and type(found) is type(meant)
+    assert not isinstance(found, tuple) or list(map(type, found)) == list(map(type, meant))
+    assert json.loads(json.dumps(asdict(recipe)))[field] == (list(meant) if isinstance(meant, tuple) else meant)
+    assert sae.Recipe(**asdict(recipe)) == recipe
+
+
+def test_recipe_of_other_kinds_of_numbers_trains_the_same():
+    changes = dict(k=np.int64(4), epochs=np.int64(2), learning_rate=np.float64(1e-3), seed=torch.tensor(3))
+    plain = dict(k=4, epochs=2, learning_rate=1e-3, seed=3)
+    assert_identical(trainer(**changes).run(progress=False), trainer(**plain).run(progress=False))
 
 
 def test_recipes_are_those_of_the_design():
     reference, improved = sae.RECIPES["reference"], sae.RECIPES["improved"]
-    assert (reference.decoder_bias, reference.learning_rate, reference.decay) == (False, 1e-3, 0)
-    assert (improved.decoder_bias, improved.learning_rate, improved.decay) == (True, 2e-3, 0.3)
-    assert (reference.reinit, improved.reinit) == ("members", "features")
-    assert (reference.row_moments, improved.row_moments) == (False, True)
-    assert (improved.decay_power, improved.reinit_until, improved.consistency_until) == (0.5, 0.85, 0.7)
+    assert (reference.decoder_bias, reference.encoder_map, reference.row_moments) == (False, False, False)
+    assert (improved.decoder_bias, improved.encoder_map, improved.row_moments) == (True, True, True)
+    assert (reference.selection_floor, improved.selection_floor) == (0, 0.2)
+    assert (reference.learning_rate, reference.decay) == (1e-3, 0)
+    assert (improved.learning_rate, improved.decay) == (3e-3, 0.3)
+    assert (reference.monitor, improved.monitor) == (True, False)
     for name, recipe in sae.RECIPES.items():
-        assert recipe.name == name and not recipe.relu
+        assert recipe.name == name and not recipe.relu and recipe.precision == "auto"
         assert (recipe.d_sae, recipe.k, recipe.n_members, recipe.epochs, recipe.batch_size) == (1024, 50, 5, 5, 128)
-        assert (recipe.consistency_weight, recipe.consistency_warmup) == (0.01, 100)
-
-
-# Devices
-
-
-def test_cpu_can_be_asked_for():
-    assert sae.pick_device("cpu").type == "cpu"
-
-
-def test_auto_takes_the_fastest_device():
-    has_mps = torch.backends.mps.is_available()
-    expected = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    assert sae.pick_device().type == expected
-
-
-def test_unknown_device_is_named():
-    with one_line_error("'tpu'", "choose auto", "cpu"):
-        sae.pick_device("tpu")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_missing_cuda_is_named():
-    with one_line_error("'cuda'", "choose auto", "cpu"):
-        sae.pick_device("cuda")
+        assert (recipe.consistency_weight, recipe.consistency_warmup, recipe.match_every) == (0.01, 100, 100)
 
 
 # What the benchmark compares with
