@@ -68,7 +68,7 @@ def load_mnist(root: str | Path | None = None) -> Images:
 
     root = Path(os.path.expanduser(root or os.environ.get("MNIST_ROOT") or "data"))
     # A notebook runs in its own folder; a relative path means the project's folder there.
-    if not root.exists() and (_PROJECT / "pyproject.toml").exists():
+    if not os.path.exists(root) and (_PROJECT / "pyproject.toml").exists():
         root = _PROJECT / root
     raw, before = root / "MNIST" / "raw", socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)  # torchvision sets none

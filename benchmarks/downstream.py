@@ -91,9 +91,8 @@ def support_vectors(features, labels, strength):
 
     Codes are mostly zeros, which its dual solver makes use of.
     """
-    dense = features.count_nonzero() > 0.5 * features.numel() or features.shape[1] < 1000
-    C = 1 / (strength * len(features))
-    model = LinearSVC(C=C, dual=not dense, tol=0.01, max_iter=500, random_state=0)
+    C, few = 1 / (strength * len(features)), features.shape[1] < 1000
+    model = LinearSVC(C=C, dual=not few, tol=0.01, max_iter=500, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # `iterations` is stored
         return model.fit(csr_matrix(features.numpy()), labels.numpy())
@@ -167,9 +166,9 @@ def encoding(data):
         ("soft, 50 kept", soft, 50),
         ("soft, 400 kept", soft, 400),
         (f"by value, {K} kept: its own code", hard, K),
+        ("by value, 75 kept", hard, 75),
         (f"by value, {KEPT} kept", hard, KEPT),
         ("all that are above 0", lambda pre, n: pre.relu(), 0),
-        ("all pre-activations", lambda pre, n: pre, 0),
     ):
         read = [held_out(data, codes(model, data.train, [m], n, encode))[0] for m in (0, 1)]
         rows[name] = row(data, name, read, base)

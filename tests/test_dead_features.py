@@ -53,7 +53,7 @@ def test_fires_use_and_scale_follow_a_computation_by_hand(relu, floor, k):
     one = trainer(double=True, relu=relu, k=k, selection_floor=floor, encoder_map=True)
     one.memory = 0.5  # so that features fall below the floor within a few steps
     with torch.no_grad():
-        one.model.b_enc -= 1.5 * relu  # so that some kept values fall below zero
+        one.model.b_enc -= 1  # so that some kept values fall below zero
     helped = 0
     for _ in range(7):  # over the end of an epoch, whose last batch is smaller
         before, fires, use = twin(one), one.fires.clone(), one.use.clone()
@@ -174,12 +174,17 @@ def test_monitor_restarts_the_members_above_its_threshold():
 
 
 def test_monitor_judges_each_batch_by_itself_whatever_its_size():
-    one = trainer(monitor=True, steps=3)
-    one.monitor_threshold = 0.0  # the batch of four images comes next
-    before = one.fires.clone()
-    one.train_step()
-    assert len(batch(one)) == 4 and ((one.fires - before).sum(1) == 4 * K).all()
-    assert one.restarts == [(4, 0), (4, 1), (4, 2)]
+    plain = trainer(steps=3)
+    before = plain.fires.clone()
+    plain.train_step()
+    assert len(batch(plain)) == 4  # the last of an epoch
+    scores = sae.monitor_score((plain.fires - before) / 4)
+    assert (scores > 2 * sae.monitor_score((plain.fires - before) / 32)).all()
+    for share, restarts in ((0.99, [(4, 0), (4, 1), (4, 2)]), (1.01, [])):
+        one = trainer(monitor=True, steps=3)
+        one.monitor_threshold = share * (scores.min() if share < 1 else scores.max()).item()
+        one.train_step()
+        assert one.restarts == restarts
 
 
 def test_monitor_that_never_fires_changes_nothing():

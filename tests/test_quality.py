@@ -16,16 +16,14 @@ def quality(mnist, recipe, **changes):
     trainer = sae.Trainer(replace(sae.RECIPES[recipe], **changes), mnist.train).run(progress=False)
     result = sae.evaluate(trainer.model, mnist.test, mnist.train.mean(0))
     reached = {name: result[name].mean().item() for name in ("mse", "pearson", "dead_fraction", "rare_fraction")}
-    reached["matched_cosine"] = sae.matched_cosine(trainer.model.features())
-    print(recipe, changes, reached)
-    return reached
+    return {**reached, "matched_cosine": sae.matched_cosine(trainer.model.features())}
 
 
 def test_reference_recipe_reconstructs_as_published_and_uses_half_of_its_features(mnist):
     reached = quality(mnist, "reference", n_members=1)
     assert reached["pearson"] >= 0.972
     assert reached["mse"] <= 0.0050
-    assert 0.35 <= reached["rare_fraction"] <= 0.55
+    assert 0.48 <= reached["rare_fraction"] <= 0.56
 
 
 def test_improved_recipe_reconstructs_better_and_its_members_agree_on_features_that_all_fire(mnist):
