@@ -73,6 +73,7 @@ def load_mnist(root: str | Path | None = None) -> Images:
     raw, before = root / "MNIST" / "raw", socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)  # torchvision sets none
     try:
+        raw.exists() and os.listdir(raw)  # torchvision takes a closed folder for an empty one
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             train, test = (MNIST(root, train=part, download=True) for part in (True, False))
     except Exception as error:  # whatever a broken file or connection makes of torchvision
@@ -488,8 +489,8 @@ class Trainer:
         self.model = TopKSAE(x.shape[1], recipe.d_sae, recipe.k, seeds, b_dec, recipe.encoder_map, recipe.relu)
         self.model.to(self.x)
         # Each member's part of each parameter: views, so that one member's Adam can start again alone.
-        own = {"W": self.model.W.detach(), "b_enc": self.model.b_enc.detach()}
-        self.parts = [{name: p[m].requires_grad_() for name, p in own.items()} for m in range(M)]
+        W, b_enc = self.model.W.detach(), self.model.b_enc.detach()
+        self.parts = [{"W": W[m].requires_grad_(), "b_enc": b_enc[m].requires_grad_()} for m in range(M)]
         groups = [list(part.values()) for part in self.parts] + ([[self.model.A]] if recipe.encoder_map else [])
         self.optimizer = torch.optim.Adam(
             # A captured step reads the learning rates where they lie, so on CUDA they are tensors.
@@ -499,9 +500,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(on, enabled=self.precision == torch.float16)
         self.weight = self.x.new_zeros(())  # of the consistency loss, in this step
         self.fires = torch.zeros(M, recipe.d_sae, dtype=torch.int64, device=self.x.device)
-        self.use, self.scale = torch.ones_like(self.model.b_enc.detach()), self.x.new_zeros(M)
-        self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.order = torch.empty(0, dtype=torch.int64)
+        self.use, self.scale = torch.ones_like(b_enc), self.x.new_zeros(M)
+        self.generator, self.order = torch.Generator().manual_seed(recipe.seed), torch.empty(0, dtype=torch.int64)
         self.step, self.restarts, self.steps_per_epoch = 0, [], math.ceil(len(x) / recipe.batch_size)
         self.total_steps = self.steps_per_epoch * recipe.epochs
         self.consistent = M > 1 and recipe.consistency_weight > 0
@@ -588,7 +588,7 @@ class Trainer:
         of those left out; mixtures of experts are balanced so too (Wang et al. 2024, arXiv 2408.15664).
         """
         floor = self.recipe.selection_floor
-        return self.lift * self.scale[:, None] * (1 - self.use / floor).clamp_min(0) if floor else None
+        return self.lift * self.scale[:, None].clamp_min(0) * (1 - self.use / floor).clamp_min(0) if floor else None
 
     @torch.no_grad()
     def share_second_moments(self) -> None:
@@ -714,8 +714,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence], data: Images) -> None
     """Show a small table, as Markdown in a notebook, with the name of the data; floats get four decimals."""
     from IPython.display import Markdown, display
 
-    rows = [[f"{c:.4f}" if isinstance(c, float) else str(c).replace("|", "\\|") for c in row] for row in rows]
-    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
+    texts = [[f"{c:.4f}" if isinstance(c, float) else str(c) for c in row] for row in [header, *rows]]
+    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in texts]
+    lines.insert(1, "| --- " * len(header) + "|")
     display(Markdown("\n".join([*lines, "", f"*Data: {data.name}*"])))
 
 
@@ -728,9 +729,8 @@ def stored_results(name: str) -> dict:
 
 
 def check_claims(claims: Iterable[tuple[str, float, float, float]], data: Images) -> None:
-    """Say how many claims hold; each is (text, measured value, lowest and highest value accepted).
-
-    Raises AssertionError that names each one that fails; on data that is not MNIST none is checked.
+    """Say how many claims hold, each (text, value, lowest and highest value accepted); on MNIST only, raise
+    AssertionError that names those that fail.
     """
     claims = list(claims)
     failed = [f"{text}: {value:.4g}, not {a:g} to {b:g}" for text, value, a, b in claims if not a <= value <= b]

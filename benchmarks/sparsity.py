@@ -313,9 +313,11 @@ PARTS = {
         *((f"improved, 10 epochs, rate {rate:g}", sae.Trainer, small(rate)) for rate in (3e-3, 6e-3, 1.2e-2)),
         *((f"no map, 10 epochs, rate {rate:g}", sae.Trainer, small(rate, encoder_map=False)) for rate in (3e-3, 6e-3)),
     ),
-    "one_shot": runs(
-        *((f"improved, 20 epochs, seed {seed}", sae.Trainer, small(RATE, epochs=20, seed=seed)) for seed in (0, 1, 2)),
-    ),
+    # A part for each seed, so that none takes long.
+    **{
+        f"one_shot_{seed}": runs((f"improved, 20 epochs, seed {seed}", sae.Trainer, small(RATE, 20, seed=seed)))
+        for seed in (0, 1, 2)
+    },
     "tied": runs(("no map, 20 epochs", sae.Trainer, small(RATE, epochs=20, encoder_map=False))),
     "untied": runs(("own rows, 20 epochs", Untied, replace(OTHERS, epochs=20))),
     "refinement": runs(("two refinements, 10 epochs", Refinement, replace(OTHERS, epochs=10))),
