@@ -2,7 +2,7 @@
 
     python benchmarks/consistency.py [weights] [reproducibility]
 
-Without a name both parts run, about 25 minutes on one CPU core. The `improved` recipe, five
+Without a name both parts run, about a quarter of an hour on one CPU core. The `improved` recipe, five
 epochs of MNIST; quality on the test images, by which nothing is chosen. Whatever is compared is
 trained twice, with the seeds 0 and 1, which share neither start nor batches: `within` is the
 matched cosine of the members of one ensemble, `between` that of members of one with members of

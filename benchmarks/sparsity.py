@@ -4,8 +4,8 @@
 
 Without a name all parts run, one after the other, about half an hour on one CPU core.
 `k_5` … `k_200` are the frontier: one model for each k and each of WIDTHS, every model with an
-encoder map of its own, so in a Trainer of its own. Their bounds are `pca` and, in the same
-parts, orthogonal matching pursuit (OMP) on a sample. `at_50` takes two parts of the `improved`
+encoder map of its own, so in a Trainer of its own. Their bound, in the same parts, is
+orthogonal matching pursuit (OMP) on a sample. `at_50` takes two parts of the `improved`
 recipe away. The others are the setting of Costa et al. (2025): 1,000 features, k = 10, trained
 on images 0 to 49,999, validated on 50,000 to 59,999, where all was chosen. Each part prints a
 line for each run and replaces its part of benchmarks/results/sparsity.json; notebook 06 shows
@@ -122,7 +122,7 @@ class OtherEncoder(Restarts):
         sae.mse(x, x_hat).backward()
         for name, view in self.parts[0].items():
             gradient = getattr(self.model, name).grad
-            view.grad = None if gradient is None else gradient[0]  # no use for b_enc: none
+            view.grad = torch.zeros_like(view) if gradient is None else gradient[0]  # a pursuit has no use for b_enc
         self.optimizer.step()
         return x_hat.detach()[None], fires, torch.zeros(())
 
@@ -198,18 +198,6 @@ class Fitted(MatchingPursuit):
 
 
 # ---- the frontier -------------------------------------------------------------------------
-
-
-def pca(data):
-    """Quality of the first k principal components, on all test images and on the sample."""
-    mean = data.train.mean(0)
-    components = torch.linalg.svd(data.train - mean, full_matrices=False).Vh[: max(KS)]
-    rows = []
-    for k in KS:
-        x_hat = (data.test - mean) @ components[:k].T @ components[:k] + mean
-        rows.append({"k": k, **quality(data.test, x_hat), "sample": quality(data.test[:SAMPLE], x_hat[:SAMPLE])})
-        print(f"pca k {k:4}  MSE {rows[-1]['mse']:.5f}  Pearson {rows[-1]['pearson']:.4f}", flush=True)
-    return rows
 
 
 def quality(x, x_hat):
@@ -306,7 +294,6 @@ def runs(*cases):
 
 
 PARTS = {
-    "pca": pca,
     **{f"k_{k}": partial(frontier, k) for k in KS},
     "at_50": at_50,
     "rates": runs(
@@ -318,7 +305,6 @@ PARTS = {
         f"one_shot_{seed}": runs((f"improved, 20 epochs, seed {seed}", sae.Trainer, small(RATE, 20, seed=seed)))
         for seed in (0, 1, 2)
     },
-    "tied": runs(("no map, 20 epochs", sae.Trainer, small(RATE, epochs=20, encoder_map=False))),
     "untied": runs(("own rows, 20 epochs", Untied, replace(OTHERS, epochs=20))),
     "refinement": runs(("two refinements, 10 epochs", Refinement, replace(OTHERS, epochs=10))),
     "pursuit": runs(

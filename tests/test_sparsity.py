@@ -150,6 +150,18 @@ def test_fires_and_reconstructions_are_those_of_all_images(kind):
     assert_close(x_hat, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", OTHERS)
+def test_features_of_every_encoder_can_start_anew(kind):
+    one = kind(replace(sparsity.OTHERS, d_sae=D_SAE, k=K, epochs=10, batch_size=B), draw(B, D_IN).float())
+    one.train_step()
+    before = one.model.W[0].detach().clone()
+    one.restart_features(0, torch.tensor([2, 5]))
+    changed = (one.model.W[0] != before).any(1)
+    assert changed.nonzero()[:, 0].tolist() == [2, 5]
+    one.train_step()
+    assert one.model.W.isfinite().all()
+
+
 def test_encoder_rows_part_from_the_features_halfway():
     recipe = replace(sparsity.OTHERS, d_sae=D_SAE, k=K, epochs=10, batch_size=B)
     one = sparsity.Untied(recipe, draw(B, D_IN).float())
