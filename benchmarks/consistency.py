@@ -2,11 +2,11 @@
 
     python benchmarks/consistency.py [weights] [reproducibility]
 
-Without a name both parts run, about a quarter of an hour on one CPU core. The `improved` recipe, five
-epochs of MNIST; quality on the test images, by which nothing is chosen. Whatever is compared is
-trained twice, with the seeds 0 and 1, which share neither start nor batches: `within` is the
-matched cosine of the members of one ensemble, `between` that of members of one with members of
-the other. Each part prints a line for each run and replaces its part of
+Without a name both parts run, about a quarter of an hour on one CPU core. The `improved`
+recipe, five epochs of MNIST; quality on the test images, by which nothing is chosen. Whatever
+is compared is trained twice, with the seeds 0 and 1, which share neither start nor batches:
+`within` is the matched cosine of the members of one ensemble, `between` that of members of one
+with members of the other. Each part prints a line for each run and replaces its part of
 benchmarks/results/consistency.json; notebook 03 shows that file.
 """
 
