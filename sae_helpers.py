@@ -678,7 +678,7 @@ def show_images(
     from matplotlib.colors import LinearSegmentedColormap
     from torchvision.utils import make_grid
 
-    (height, width), room, images = data.shape, 9 if len(titles) else 0, images.detach().float().cpu()
+    (height, width), room, images = data.shape, 10 if len(titles) else 0, images.detach().float().cpu()
     colours = dict(cmap="gray", vmin=0)
     if signed:
         images = images / images.abs().amax(1, keepdim=True).clamp_min(1e-8)
@@ -698,7 +698,7 @@ def show_images(
     axis.axis("off")
     for i, text in enumerate(titles):
         at = i % columns * (width + 2) + width / 2, i // columns * (room + height + 2) + room - 2
-        axis.text(*at, text, ha="center", fontsize=7)
+        axis.text(*at, text, ha="center", fontsize=9)
     return axis.figure
 
 
@@ -706,7 +706,7 @@ def show(figure, data: Images) -> None:
     """Show a figure of a notebook, with the name of the data in its corner."""
     import matplotlib.pyplot as plt
 
-    figure.supxlabel(data.name, x=0.995, ha="right", fontsize=7, color="dimgray")  # the layout keeps room for it
+    figure.supxlabel(data.name, x=0.995, ha="right", fontsize=9, color="dimgray")  # the layout keeps room for it
     plt.show()
 
 

@@ -16,7 +16,9 @@ import sae_helpers as sae
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))[0]  # any of them
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FILES = sorted(path for path in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+NOTEBOOKS = [path for path in FILES if re.match(r"A?\d", path.name)]  # the others are pages to look things up in
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -24,24 +26,28 @@ def cells_of(path):
     return [(cell, "".join(cell["source"])) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
 
 
+def prose_of(path):
+    return "\n".join(source for cell, source in cells_of(path) if cell["cell_type"] == "markdown")
+
+
 def stamped_address(folder):
     """The address in pyproject.toml, and for each notebook the addresses in its badge and set-up cell."""
     address = re.search(r'Repository = "https://github.com/(.+)"', (folder / "pyproject.toml").read_text())[1]
     found = {}
-    for path in sorted((folder / "notebooks").glob("*.ipynb")):
+    for path in sorted((folder / "notebooks").rglob("*.ipynb")):
         sources = "\n".join(source for _, source in cells_of(path))
-        badges = re.findall(
-            r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/notebooks/(\S+?)\)", sources
-        )
-        found[path.name] = badges, re.findall(r'^REPO = "(.*?)"', sources, re.MULTILINE)
+        badges = re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/(\S+?)\)", sources)
+        found[path.relative_to(folder).as_posix()] = badges, re.findall(r'^REPO = "(.*?)"', sources, re.MULTILINE)
     return address, found
 
 
 def agrees(folder):
     address, found = stamped_address(folder)
     if address == "OWNER/NAME":  # not stamped: no dead badge, nothing to install from
-        return all(badges == [] and repos == [""] for badges, repos in found.values())
-    return all(badges == [(address, name)] and repos == [address] for name, (badges, repos) in found.items())
+        return all(badges == [] and repos in ([""], []) for badges, repos in found.values())
+    return all(
+        badges == [(address, name)] and repos == [address] for name, (badges, repos) in found.items() if repos or badges
+    )
 
 
 def test_notebooks_and_pyproject_agree_on_the_address():
@@ -50,23 +56,48 @@ def test_notebooks_and_pyproject_agree_on_the_address():
 
 
 @each_notebook
-def test_exercises_have_folded_solutions_that_run(path):
+def test_exercises_can_be_checked_and_are_solved(path):
+    """Each has a difficulty, a time, a hint, a check that runs unanswered, and a solution that the tests run."""
     cells = cells_of(path)
-    solutions = [cell for cell, source in cells if source.startswith("# @title Solution")]
-    assert len(solutions) >= 3
-    assert all(cell["metadata"]["jupyter"]["source_hidden"] and cell["outputs"] for cell in solutions)
-    assert all("assert check_" in "".join(cell["source"]) for cell in solutions)
+    start = next(i for i, (_, source) in enumerate(cells) if source.startswith("## Exercises"))
+    prose = "\n".join(source for cell, source in cells[start:] if cell["cell_type"] == "markdown")
+    asked = re.findall(r"^\*\*(\d+)\. .+ \((?:easy|medium|hard), \d+ minutes?\)", prose, re.MULTILINE)
+    assert len(asked) >= (1 if path.parent.name == "appendix" else 4)
+    assert prose.count("<summary>Hint</summary>") == len(asked)
+    solutions = re.findall(r"<summary>Solution</summary>\n\n```python\n(.*?)```\n\n</details>", prose, re.DOTALL)
+    assert len(solutions) == prose.count("<summary>Solution</summary>") == len(asked)
+    for number, solution in zip(asked, solutions):
+        assert f"\nassert check_{number}(" in solution
+        (unanswered,) = [
+            cell for cell, source in cells if cell["cell_type"] == "code" and f"def check_{number}(" in source
+        ]
+        assert "not yet" in "".join(text for output in unanswered["outputs"] for text in output.get("text", []))
 
 
 @each_notebook
-def test_ends_with_checked_claims(path):
+def test_ends_with_what_to_take_away_and_checked_claims(path):
+    (table,) = re.findall(r"^## What to take away\n+((?:\|.*\n?)+)", prose_of(path), re.MULTILINE)
+    assert 3 <= len(table.splitlines()) - 2 <= 6
     cell, source = [both for both in cells_of(path) if both[0]["cell_type"] == "code"][-1]
-    assert "sae.check_claims(" in source
+    assert source.startswith("# @title Claims") and "sae.check_claims(" in source
+    assert cell["metadata"]["jupyter"]["source_hidden"] and cell["metadata"]["cellView"] == "form"
     shown = "".join(text for output in cell["outputs"] for text in output.get("text", []))
     assert re.fullmatch(r"[1-9]\d* claims, all hold\n", shown)
 
 
 @each_notebook
+def test_every_picture_can_be_read(path):
+    """An alternative text for those who do not see it, and no letters below nine points."""
+    for cell, source in cells_of(path):
+        assert not re.search(r"(fontsize|labelsize|font\.size\W+)=?\s*[1-8](\.\d+)?\b", source), source[:80]
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                alt = cell["metadata"].get("alt", "")
+                assert len(alt) >= 30, f"no alternative text: {source[:80]}"
+                assert "".join(output["data"]["text/plain"]) == output["metadata"]["image/png"]["alt"] == alt
+
+
+@each_file
 def test_is_stored_clean(path):
     text = path.read_text(encoding="utf-8")
     assert len(text) < 2_000_000
@@ -76,6 +107,16 @@ def test_is_stored_clean(path):
         if cell["cell_type"] == "code":
             assert cell["execution_count"], f"never run: {source[:60]}"
             assert all(output.get("name") != "stderr" for output in cell["outputs"])
+
+
+PAGES = [*FILES, *sorted(ROOT.glob("*.md")), *sorted((ROOT / "tests").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    text = prose_of(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?://|#|mailto:)([^)\s]+)\)", text):
+        assert (path.parent / link.split("#")[0]).exists(), link
 
 
 def tool(folder, *arguments):

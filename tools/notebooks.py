@@ -19,9 +19,15 @@ from PIL import Image
 from sae_helpers import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ROOT / "visualizations"
 ADDRESS = re.compile(r'^Repository = "https://github\.com/(.+)"$', re.MULTILINE)
 REPO_LINE = re.compile(r'^REPO = ".*?"', re.MULTILINE)
 BADGE_LINE = re.compile(r"^.*<!-- colab -->$", re.MULTILINE)
+
+
+def all_notebooks() -> list[Path]:
+    paths = (ROOT / "notebooks").rglob("*.ipynb")
+    return sorted(path for path in paths if ".ipynb_checkpoints" not in path.parts)
 
 
 def run(paths: list[Path]) -> None:
@@ -40,6 +46,10 @@ def run(paths: list[Path]) -> None:
                 for output in cell.outputs:
                     if "image/png" in output.get("data", {}):
                         output.data["image/png"] = lean(output.data["image/png"])
+                        describe(output, cell.metadata.get("alt"))
+                        if "picture" in cell.metadata:  # the README shows it too
+                            png = base64.b64decode(output.data["image/png"])
+                            write_atomically(PICTURES / cell.metadata.picture, lambda to, png=png: to.write_bytes(png))
         write_atomically(path, lambda temporary, notebook=notebook: nbformat.write(notebook, temporary))
 
 
@@ -50,6 +60,13 @@ def is_debris(output) -> bool:
             return True
         sys.exit(f"a notebook wrote to stderr, which a reader would see as a warning: {output.text}")
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
+def describe(output, alt: str | None) -> None:
+    """Give a picture its alternative text, which stands in the metadata of its cell."""
+    if alt:
+        output.data["text/plain"] = alt
+        output.metadata["image/png"] = {"alt": alt}
 
 
 def lean(picture: str) -> str:
@@ -63,8 +80,9 @@ def lean(picture: str) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def badge(repo: str, name: str) -> str:
-    link = f"https://colab.research.google.com/github/{repo}/blob/main/notebooks/{name}"
+def badge(repo: str, path: Path) -> str:
+    where = path.relative_to(ROOT).as_posix()
+    link = f"https://colab.research.google.com/github/{repo}/blob/main/{where}"
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link}) <!-- colab -->"
 
 
@@ -74,12 +92,12 @@ def colab(repo: str) -> None:
     project = ROOT / "pyproject.toml"
     stamped = ADDRESS.sub(f'Repository = "https://github.com/{repo}"', project.read_text())
     write_atomically(project, lambda path: path.write_text(stamped))
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for path in all_notebooks():
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
             source = "".join(cell["source"])
             source = REPO_LINE.sub(f'REPO = "{repo}"', source)
-            source = BADGE_LINE.sub(badge(repo, path.name), source)
+            source = BADGE_LINE.sub(badge(repo, path), source)
             cell["source"] = source.splitlines(keepends=True)
         text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
         write_atomically(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
@@ -89,7 +107,7 @@ def colab(repo: str) -> None:
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["run", *names]:
-            run([Path(name).resolve() for name in names] or sorted((ROOT / "notebooks").glob("*.ipynb")))
+            run([Path(name).resolve() for name in names] or all_notebooks())
         case ["colab", repo]:
             colab(repo)
         case _:
