@@ -554,12 +554,15 @@ def flush_to_disk(path: Path) -> None:
 class CapturedTrainer(sae.Trainer):
     """A Trainer that can be stored, and on CUDA launches a step, bound by the launches of its kernels, as one graph.
 
-    It is recorded after three plain steps, when optimizer and scaler hold their state.
+    It is recorded after three plain steps, when optimizer and scaler hold their state. A graph holds numbers as they
+    were: a subclass whose `update` or `losses` reads any that change (the step, say) sets `capture = False`.
     """
+
+    capture = True
 
     def __init__(self, recipe: sae.Recipe, x: Tensor, device: torch.device | str = "cpu"):
         super().__init__(recipe, x, device)
-        self.capture, self.graph, self.plain_steps = self.x.device.type == "cuda", None, 0
+        self.capture, self.graph, self.plain_steps = self.capture and self.x.device.type == "cuda", None, 0
         self.after_step = lambda: None
 
     def train_step(self) -> None:
@@ -577,12 +580,15 @@ class CapturedTrainer(sae.Trainer):
 
     def record(self, x: Tensor) -> bool:
         graph, self.captured_x = torch.cuda.CUDAGraph(), x.clone()
+        stream = torch.cuda.Stream(x.device)  # torch's own for captures stays on the first device that had one
         try:
-            with torch.cuda.graph(graph):
+            # A capture that fails does not leave its stream; `torch.cuda.stream` does.
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
                 self.captured = super().update(self.captured_x)
             self.graph = graph
         except RuntimeError as error:
-            print(f"The step cannot be captured ({first_line(error)}): training goes on, more slowly.", file=sys.stderr)
+            cause = first_line(error.__context__ or error)  # the end of the capture fails because the step did
+            print(f"The step cannot be captured ({cause}): training goes on, more slowly.", file=sys.stderr)
             self.capture = False
             scaler = torch.amp.GradScaler(x.device.type, enabled=self.scaler.is_enabled())
             scaler.load_state_dict(self.scaler.state_dict())  # without the half step that was recorded
@@ -614,6 +620,7 @@ class CapturedTrainer(sae.Trainer):
 
     def restore(self, state: dict) -> None:
         """Continue from tensors and numbers of another of the same recipe and images. Raises where they do not fit."""
+        self.graph, self.plain_steps = None, 0  # it would go on with the tensors that were
         tensors, step = state["tensors"], state["step"]
         found = {name: (t.dtype, *t.shape) for name, t in tensors.items()}
         require(step <= self.total_steps, found == self.described(step))

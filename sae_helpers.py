@@ -494,7 +494,7 @@ class Trainer:
         groups = [list(part.values()) for part in self.parts] + ([[self.model.A]] if recipe.encoder_map else [])
         self.optimizer = torch.optim.Adam(
             # A captured step reads the learning rates where they lie, so on CUDA they are tensors.
-            [{"params": group, "lr": self.x.new_zeros(()) if on == "cuda" else 0.0} for group in groups],
+            [{"params": part, "lr": torch.zeros((), device=self.x.device) if on == "cuda" else 0.0} for part in groups],
             fused=on in ("cuda", "cpu"), capturable=on == "cuda",
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(on, enabled=self.precision == torch.float16)
@@ -568,7 +568,7 @@ class Trainer:
         self.fires += fires
         total = fires.sum(1).clamp_min(1)  # with relu, none may fire
         self.use.lerp_(fires.to(self.use) / total[:, None] * self.recipe.d_sae, 1 - self.memory)
-        self.scale.copy_(values.sum((1, 2)) / total)
+        self.scale.copy_(values.sum((1, 2), dtype=self.scale.dtype) / total)
         self.model.zero_grad()
         self.scaler.scale(self.losses(x, x_hat).sum()).backward()  # a member's loss reaches its own parameters and A
         for m, part in enumerate(self.parts):
