@@ -4,8 +4,8 @@
 
 Without a name all parts run, about 12 minutes on two CPU cores (`make bench`). What is
 compared takes turns in one process, on the same batches of MNIST; a turn's time is a mean
-over its steps. Each part replaces its own in benchmarks/results/training_<device>.json;
-the pictures visualizations/speed.png and growth.png are drawn from that file.
+over its steps. Each part replaces its own in benchmarks/results/training_<device>.json,
+which notebooks/appendix/A2_speed_and_precision.ipynb shows.
 """
 
 import multiprocessing
@@ -17,8 +17,6 @@ from itertools import combinations
 from pathlib import Path
 from statistics import median
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,7 +30,6 @@ from mnist_sae_train import CapturedTrainer
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = replace(sae.RECIPES["reference"], monitor=False)
 OURS = CapturedTrainer if DEVICE.type == "cuda" else sae.Trainer
-PICTURES = Path(__file__).resolve().parent.parent / "visualizations"
 
 
 class Separate:
@@ -248,52 +245,8 @@ PARTS = {
 }  # fmt: skip
 
 
-def draw(results):
-    """The two pictures; every number in them is the fastest turn."""
-    matplotlib.use("Agg")
-    where = results["ensemble"]["device"]
-    times = {name: min(values) for name, values in results["ensemble"]["results"].items()}
-    figure, axis = plt.subplots(figsize=(8, 2.6), layout="constrained", facecolor="white")
-    axis.barh(
-        list(times)[::-1], list(times.values())[::-1], color=["#0b2a5b", "#979797", "#0b2a5b", "#979797", "#979797"]
-    )
-    axis.bar_label(
-        axis.containers[0],
-        [f"{value:,.0f} ms" if value > 10 else f"{value:.2f} ms" for value in list(times.values())[::-1]],
-        padding=3,
-        fontsize=8,
-    )
-    axis.set(
-        xscale="log",
-        xlabel="milliseconds for one step of five members (log scale)",
-        xlim=(10, 4 * max(times.values())),
-    )
-    faster = times["reference loop"] / times["ours, with the consistency loss"]
-    axis.set_title(f"MNIST: {faster:.0f} times the reference loop's speed ({where})", fontsize=10)
-    sae.write_atomically(PICTURES / "speed.png", lambda path: figure.savefig(path, dpi=90))
-
-    where = results["growth"]["device"]
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained", facecolor="white", sharey=True)
-    labels = {"n_members": "members", "d_sae": "features", "batch_size": "images in a batch"}
-    for axis, (size, rows) in zip(axes, results["growth"]["results"].items()):
-        values, fastest = [int(value) for value in rows], [min(turns) for turns in rows.values()]
-        axis.plot(values, fastest, "o-", color="#0b2a5b", label="measured")
-        axis.plot(
-            values, [fastest[0] * value / values[0] for value in values], ":", color="black", label="in proportion"
-        )
-        axis.set(xscale="log", yscale="log", xlabel=labels[size])
-        axis.set_xticks(values, values, fontsize=8)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("milliseconds for a step")
-    axes[0].legend(fontsize=8)
-    figure.suptitle(f"MNIST: a step costs less than in proportion to its size ({where})", fontsize=10)
-    sae.write_atomically(PICTURES / "growth.png", lambda path: figure.savefig(path, dpi=90))
-
-
 if __name__ == "__main__":
     file = (
         "training_cpu" if DEVICE.type == "cpu" else f"training_{torch.cuda.get_device_name().lower().replace(' ', '_')}"
     )
     main("training", PARTS, sys.argv[1:], DEVICE, file)
-    draw(sae.stored_results(file))
