@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import time
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -32,6 +31,7 @@ STATE = cli.STATE
 EPOCHS, STEPS = 5, 20
 MANY = [*TINY, "--epochs", EPOCHS, "--consistency_weight", 0.1]
 ENDLESS = [*TINY, "--epochs", 100_000]
+RESUME = ["--resume", "--device", "cpu"]  # `auto` could be another one, and gives other roundings
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,7 @@ def test_disk_that_fills_up_loses_nothing(capsys, letters, disk, monkeypatch, wh
     assert "Traceback" not in printed and "from step 8 of 20" in printed
     assert_refused(capsys, ["--data", letters, "--resume", "--out", out], "No space left", "free room, then --resume")
     (path / "ballast").unlink()
-    run("--data", letters, "--resume", "--out", out)
+    run("--data", letters, *RESUME, "--out", out)
     assert_as_if_never_stopped(out, whole)
 
 
@@ -285,7 +285,7 @@ def test_model_of_the_last_epoch_is_not_lost_with_the_results(capsys, letters, m
         assert cli.main([str(argument) for argument in ["--data", letters, *MANY, "--out", "out"]]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "quota" in last and "free room, then --resume --out out goes on from step 20 of 20" in last
-    run("--data", letters, "--resume", "--out", "out")
+    run("--data", letters, *RESUME, "--out", "out")
     assert_as_if_never_stopped(Path("out"), whole)
 
 
@@ -300,7 +300,7 @@ def test_signal_ends_at_once_and_the_run_goes_on(capsys, letters, monkeypatch, w
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.endswith(f"stopped: --resume --out out goes on from step {step} of {STEPS}")
     assert signal.getsignal(number) == handler
-    run("--data", letters, "--resume", "--out", "out")
+    run("--data", letters, *RESUME, "--out", "out")
     assert_as_if_never_stopped(Path("out"), whole)
 
 
@@ -463,71 +463,6 @@ def test_resuming_on_other_data_is_refused(capsys, tmp_path, interrupted, name, 
     assert_refused(capsys, ["--data", other, "--resume", "--out", interrupted], "letters", "same data")
 
 
-# The step as one CUDA graph
-
-
-def small_trainer(letters, device="cpu", **changes):
-    recipe = replace(sae.RECIPES["improved"], d_sae=24, k=3, n_members=2, epochs=5, batch_size=32, **changes)
-    return cli.CapturedTrainer(recipe, cli.load_idx(letters).train, device)
-
-
-def assert_same_training(one, other, **tolerance):
-    torch.testing.assert_close(one.model.W, other.model.W, **tolerance)
-    for name in ("mse", "rare_fraction"):
-        torch.testing.assert_close(torch.tensor(one.history[name]), torch.tensor(other.history[name]), **tolerance)
-
-
-def test_full_batches_are_replayed_and_others_not(letters, monkeypatch):
-    captured, replayed = small_trainer(letters), []
-    captured.capture = True
-
-    class Graph:
-        def replay(self):
-            replayed.append(captured.step)
-            captured.captured = sae.Trainer.update(captured, captured.captured_x)
-
-    @contextlib.contextmanager
-    def record(graph):  # what a graph records is not carried out
-        with monkeypatch.context() as patch:
-            patch.setattr(sae.Trainer, "update", lambda trainer, x: None)
-            yield
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    captured.run(progress=False)
-    assert replayed == [step for step in range(3, STEPS) if step % 4 != 3]  # the last batch of an epoch is smaller
-    assert_same_training(captured, small_trainer(letters).run(progress=False), rtol=0, atol=0)
-
-
-def test_step_that_cannot_be_captured_is_taken_plainly(letters, monkeypatch, capsys):
-    def fail(graph):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", fail)
-    captured = small_trainer(letters)
-    captured.capture = True
-    captured.run(progress=False)
-    printed = capsys.readouterr().err
-    assert (
-        printed.count("\n") == 1 and "cannot be captured (operation not permitted when stream is capturing)" in printed
-    )
-    assert_same_training(captured, small_trainer(letters).run(progress=False), rtol=0, atol=0)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize("recipe", ["improved", "reference"])
-def test_captured_step_on_cuda_is_the_plain_one(letters, precision, recipe):
-    same = {field: getattr(sae.RECIPES[recipe], field) for field in ("decoder_bias", "encoder_map", "monitor")}
-    captured, plain = (small_trainer(letters, "cuda", precision=precision, **same) for _ in range(2))
-    plain.capture = False
-    captured.run(progress=False)
-    plain.run(progress=False)
-    assert captured.graph is not None and plain.graph is None
-    assert_same_training(captured, plain, rtol=1e-3, atol=1e-4)
-
-
 # A state of another device, of another version, or of an enemy
 
 
@@ -550,7 +485,7 @@ def test_state_from_cuda_goes_on_on_a_cpu(letters, interrupted, whole):
     # There the loss is scaled, which a CPU does without.
     scaler = dict(scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, _growth_tracker=7)
     changed(interrupted, lambda tensors, state: state.update(scaler=scaler))
-    run("--data", letters, "--resume", "--out", interrupted)
+    run("--data", letters, *RESUME, "--out", interrupted)
     assert_as_if_never_stopped(interrupted, whole)
 
 
@@ -559,7 +494,7 @@ def test_precision_may_be_changed_for_another_device(capsys, letters, interrupte
     assert_refused(
         capsys, ["--data", letters, "--resume", "--out", interrupted, "--device", "cpu"], "--precision float16"
     )
-    run("--data", letters, "--resume", "--out", interrupted, "--device", "cpu", "--precision", "float32")
+    run("--data", letters, *RESUME, "--out", interrupted, "--precision", "float32")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

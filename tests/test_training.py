@@ -621,7 +621,13 @@ def test_recipes_are_those_of_the_design():
 # What the benchmark compares with
 
 
-def test_separate_modules_of_the_benchmark_do_what_ours_do():
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The benchmark takes CUDA where it is."""
+    monkeypatch.setattr(training, "DEVICE", torch.device("cpu"))
+
+
+def test_separate_modules_of_the_benchmark_do_what_ours_do(on_cpu):
     recipe = replace(SMALL, decoder_bias=False, decay=0)
     x = draw(N, D_IN).float()
     separate, ours = training.Separate(recipe, x), sae.Trainer(recipe, x)
@@ -632,7 +638,7 @@ def test_separate_modules_of_the_benchmark_do_what_ours_do():
         assert_close(encoder.weight, W, rtol=0, atol=1e-4)
 
 
-def test_reference_loop_of_the_benchmark_has_one_consistency_loss():
+def test_reference_loop_of_the_benchmark_has_one_consistency_loss(on_cpu):
     # Copies of one member match themselves, so exact and rare matching are the same.
     recipe = replace(SMALL, decoder_bias=False, decay=0, consistency_weight=0.5, consistency_warmup=1)
     x, noise = draw(N, D_IN).float(), 0.05 * draw(3, D_SAE, D_IN, seed=3).float()
