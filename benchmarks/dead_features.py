@@ -1,11 +1,11 @@
 """Dead and rare features: what brings them, what each remedy does, and how far the selection floor holds.
 
-    python benchmarks/dead_features.py [log] [remedies] [law] [ensemble] [final] [wide] [causes] [times]
+    python benchmarks/dead_features.py [log] [remedies] [resampling] [law] [ensemble] [final] [wide] [causes] [times]
 
 Without a name all parts run, about an hour on one CPU core. Everything is chosen on training
 images 50,000 to 59,999, with the 50,000 before them for training; five epochs, batches of 128,
 one member, three seeds, unless the label says otherwise. Each part prints a line for each run
-and replaces its part of benchmarks/results/dead_features.json; notebook 04 shows that file.
+and replaces its part of benchmarks/results/dead_features.json; notebooks 04 and A4 show that file.
 """
 
 import sys
@@ -23,7 +23,7 @@ SEEDS = (0, 1, 2)
 NOTHING = replace(sae.RECIPES["reference"], n_members=1, monitor=False)
 IMPROVED = replace(sae.RECIPES["improved"], n_members=1)
 NO_FLOOR = replace(IMPROVED, selection_floor=0)
-TIED = replace(NO_FLOOR, encoder_map=False, learning_rate=2e-3)  # what re-initialisation is measured on
+TIED = replace(NO_FLOOR, encoder_map=False, learning_rate=2e-3)  # rare features, hardly any dead
 
 
 class LowThreshold(sae.Trainer):
@@ -32,20 +32,26 @@ class LowThreshold(sae.Trainer):
     monitor_threshold = 35.0
 
 
-class OneResidual(Restarts):
-    """A new feature points at the residual of one image, as Bricken et al. (2023) choose it."""
+class Resampling(Restarts):
+    """Dead features start anew, each at what the member misses of one of the images that it rebuilds worst."""
 
-    rare = 1e-9  # only those that never fired
+    look_every, rare = 250, 1e-9  # those that never fired since the last look
 
     def missed_directions(self, m, n):
-        generator = torch.Generator().manual_seed(self.step)
-        x = self.x[torch.randperm(len(self.x), generator=generator)[: max(256, 2 * n)]]
-        with torch.no_grad():
-            residuals = x - self.reconstruct(x, m)
+        residuals = self.some_residuals(m, n)[1]
         return residuals[residuals.norm(dim=1).argsort(descending=True)[:n]]
 
+    @torch.no_grad()
+    def some_residuals(self, m, n):
+        """Images, and what the member misses of them."""
+        x = self.x[torch.randperm(len(self.x), generator=self.dice())[: max(2000, 2 * n)]]
+        return x, x - self.reconstruct(x, m)
 
-class MomentsAtZero(OneResidual):
+    def dice(self):
+        return torch.Generator().manual_seed(self.step)
+
+
+class MomentsAtZero(Resampling):
     """Both of Adam's moments start at 0: a new feature's first hundred steps are up to 6 times too long."""
 
     def restart_features(self, m, features):
@@ -55,13 +61,24 @@ class MomentsAtZero(OneResidual):
 
 
 class WarmAgain(MomentsAtZero):
-    """The learning rate rises again, over 100 steps, after each re-initialisation; so every 500 steps only."""
-
-    look_every = 500
+    """The learning rate rises again, over 100 steps, after each look: so does the library dictionary_learning."""
 
     def learning_rates(self):
         since = self.step % self.look_every if self.step >= self.look_every else self.look_every
         return [rate * min(1.0, (since + 1) / 100) for rate in super().learning_rates()]
+
+
+class AtImages(MomentsAtZero):
+    """Dead features start anew at images, drawn with odds that grow with the square of their loss.
+
+    So Bricken et al. (2023) choose directions. The schedule is ours, and so is the length, which
+    they make a fifth of the others': with tied weights under top-k such a row would never be kept.
+    """
+
+    def missed_directions(self, m, n):
+        x, residuals = self.some_residuals(m, n)
+        odds = residuals.square().mean(1).square()
+        return x[torch.multinomial(odds, n, generator=self.dice())] - self.model.b_dec[m]
 
 
 class AuxK(sae.Trainer):
@@ -98,12 +115,9 @@ class FallingConsistency(sae.Trainer):
         return super().update(x)
 
 
-def run(data, recipe, trainer=sae.Trainer, centre=0.0, held_out=True):
-    """Train on images less `centre` times the mean image; return quality and use, means over members."""
-    shift = centre * data.train.mean(0)
-    train, test = data.train - shift, data.test - shift
-    if held_out:
-        train, test = train[:CHOOSE_ON], train[CHOOSE_ON:]
+def run(data, recipe, trainer=sae.Trainer, held_out=True):
+    """Train, and return quality and use, means over members."""
+    train, test = (data.train[:CHOOSE_ON], data.train[CHOOSE_ON:]) if held_out else (data.train, data.test)
     trainer = trainer(recipe, train).run(progress=False)
     found = sae.evaluate(trainer.model, test, train.mean(0))
     names = ("mse", "pearson", "explained_variance", "dead_fraction", "rare_fraction")
@@ -138,13 +152,22 @@ def remedies():
     """What each remedy does to rare features, upon the same recipe without one."""
     yield "none", TIED, sae.Trainer
     yield "re-initialisation, rare features, moments of the others", TIED, Restarts
-    yield "re-initialisation, dead features, one residual", TIED, OneResidual
-    yield "re-initialisation, dead features, moments at 0", TIED, MomentsAtZero
-    yield "the same, learning rate warmed up again", TIED, WarmAgain
     yield "AuxK", TIED, AuxK
     for share in (0.1, 0.2, 0.3):
         yield f"selection floor {share}", replace(TIED, selection_floor=share), sae.Trainer
-    yield "reference recipe, its monitor at 35 (never at 100)", replace(NOTHING, monitor=True), LowThreshold
+
+
+def resampling():
+    """The same where many features die: upon the reference recipe."""
+    yield "none", NOTHING, sae.Trainer
+    yield "rare features, moments of the others", NOTHING, Restarts
+    yield "dead features, moments of the others", NOTHING, Resampling
+    yield "dead features, moments at 0", NOTHING, MomentsAtZero
+    yield "dead features, moments at 0, rate warmed up again", NOTHING, WarmAgain
+    yield "dead features, moments at 0, at images as Bricken et al. choose them", NOTHING, AtImages
+    yield "AuxK", NOTHING, AuxK
+    yield "selection floor 0.2", replace(NOTHING, selection_floor=0.2), sae.Trainer
+    yield "whole members: its monitor, threshold 35", replace(NOTHING, monitor=True), LowThreshold
 
 
 def law():
@@ -169,24 +192,22 @@ def ensemble():
 
 def final():
     """On the test images, once, trained on all 60,000."""
-    yield "improved, five members, consistency loss", sae.RECIPES["improved"], sae.Trainer, 0.0, False
-    yield "improved, one member", IMPROVED, sae.Trainer, 0.0, False
-    yield "reference, one member", NOTHING, sae.Trainer, 0.0, False
+    yield "improved, five members, consistency loss", sae.RECIPES["improved"], sae.Trainer, False
+    yield "improved, one member", IMPROVED, sae.Trainer, False
+    yield "reference, one member", NOTHING, sae.Trainer, False
 
 
 def wide():
     """The same, one seed."""
-    yield "improved, one member, 8,192 features", replace(IMPROVED, d_sae=8192), sae.Trainer, 0.0, False
+    yield "improved, one member, 8,192 features", replace(IMPROVED, d_sae=8192), sae.Trainer, False
 
 
 def causes():
-    """One seed each, the reference recipe on test images. The keys are `name = value`."""
-    for centre in (-1.0, 0.0, 0.5, 1.0):
-        yield f"centre = {centre}", NOTHING, sae.Trainer, centre, False
+    """The reference recipe with and without the mean image, at several learning rates; one seed each."""
     for bias in (False, True):
         for rate in (5e-4, 1e-3, 2e-3, 4e-3):
             recipe = replace(NOTHING, decoder_bias=bias, learning_rate=rate)
-            yield f"bias = {bias}, learning_rate = {rate}", recipe, sae.Trainer, 0.0, False
+            yield f"bias = {bias}, learning_rate = {rate}", recipe, sae.Trainer
 
 
 def times(data, turns=4, steps=200):
@@ -230,6 +251,7 @@ def runs(data, name, cases, seeds):
 PARTS = {
     "log": lambda data: runs(data, "log", log(), SEEDS),
     "remedies": lambda data: runs(data, "remedies", remedies(), SEEDS),
+    "resampling": lambda data: runs(data, "resampling", resampling(), SEEDS),
     "law": lambda data: runs(data, "law", law(), SEEDS[:1]),
     "ensemble": lambda data: runs(data, "ensemble", ensemble(), SEEDS),
     "final": lambda data: runs(data, "final", final(), SEEDS),

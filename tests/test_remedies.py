@@ -11,6 +11,7 @@ from test_training import D_SAE, EXACT, SMALL, draw, moments_of, parameters
 from torch.testing import assert_close
 
 RARE = torch.tensor([3, 17, 30])
+FORGETFUL = (dead_features.MomentsAtZero, dead_features.WarmAgain, dead_features.AtImages)
 
 
 def trained(kind=common.Restarts, steps=6, **changes):
@@ -85,18 +86,39 @@ def test_silent_features_come_back():
     assert (one.model.b_enc[2, RARE] > -1).all() and (one.fires[2, RARE] > 0).all()
 
 
-@pytest.mark.parametrize("kind", [dead_features.MomentsAtZero, dead_features.WarmAgain])
-def test_published_restart_forgets_the_second_moment(kind):
+def test_dead_features_start_anew_at_the_residuals_of_the_worst_images():
+    one = trained(dead_features.Resampling)
+    residuals = (one.x - one.model(one.x)[1]).detach()
+    worst = residuals[residuals.norm(dim=1).argsort(descending=True)[:3]]
+    one.restart_features(1, RARE)
+    assert_close(one.model.features()[1, RARE], F.normalize(worst, dim=1), **EXACT)
+
+
+def test_published_choice_is_of_different_images_with_odds_that_grow_with_the_loss():
+    one = trained(dead_features.AtImages)
+    one.x[7] *= 1000  # its loss squared is all but the sum of all: it is drawn whatever the seed
+    one.restart_features(1, RARE)
+    cosines = one.model.features()[1, RARE] @ F.normalize(one.x - one.model.b_dec[1], dim=1).T
+    best, images = cosines.max(1)
+    assert_close(best, torch.ones(3).double(), **EXACT)
+    assert 7 in images and len(images.unique()) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "forgets"),
+    [(dead_features.Resampling, False), *((kind, True) for kind in FORGETFUL)],
+)
+def test_only_some_restarts_forget_the_second_moment(kind, forgets):
     one = trained(kind)
     one.restart_features(1, RARE)
     for name in ("W", "b_enc"):
-        assert not moments_of(one, 1)[name, "exp_avg_sq"][RARE].any()
+        assert bool(moments_of(one, 1)[name, "exp_avg_sq"][RARE].any()) is not forgets
 
 
 def test_learning_rate_is_warmed_up_again_after_each_look():
     one = trained(dead_features.WarmAgain, steps=0)
     one.total_steps = 10**6
-    for step, share in ((0, 1.0), (499, 1.0), (500, 0.01), (502, 0.03), (600, 1.0), (1000, 0.01)):
+    for step, share in ((0, 1.0), (249, 1.0), (250, 0.01), (252, 0.03), (350, 1.0), (500, 0.01)):
         one.step = step
         assert one.learning_rates()[0] == pytest.approx(one.recipe.learning_rate * share)
 
