@@ -8,7 +8,7 @@ images, or a batch size, with the recipe's shape. Seed 0 chooses the rate, by th
 training images 50,000 to 59,999; the best one then runs with seeds 1 and 2 too, and its quality
 is that on the test images. Runs with the same seed have the same start and the same batches.
 Each part prints a line for each run and replaces its part of benchmarks/results/schedules.json;
-notebook 06 shows that file.
+appendix A3 shows that file.
 """
 
 import math

@@ -2,14 +2,13 @@
 
     python benchmarks/sparsity.py [part ...]
 
-Without a name all parts run, one after the other, about half an hour on one CPU core.
+Without a name all parts run, one after the other, about twenty minutes on one CPU core.
 `k_5` … `k_200` are the frontier: one model for each k and each of WIDTHS, every model with an
 encoder map of its own, so in a Trainer of its own. Their bound, in the same parts, is
-orthogonal matching pursuit (OMP) on a sample. `at_50` takes two parts of the `improved`
-recipe away. The others are the setting of Costa et al. (2025): 1,000 features, k = 10, trained
-on images 0 to 49,999, validated on 50,000 to 59,999, where all was chosen. Each part prints a
-line for each run and replaces its part of benchmarks/results/sparsity.json; notebook 06 shows
-that file.
+orthogonal matching pursuit (OMP) on a sample. The others are the setting of Costa et al.
+(2025): 1,000 features, k = 10, trained on images 0 to 49,999, validated on 50,000 to 59,999,
+where all was chosen. Each part prints a line for each run and replaces its part of
+benchmarks/results/sparsity.json; notebooks 07 and 08 show that file.
 """
 
 import sys
@@ -231,24 +230,6 @@ def frontier(k, data):
     return {"epochs": 3, "sample": SAMPLE, "rows": rows}
 
 
-def at_50(data):
-    """Without the encoder map, and without the floor: 1,024 features, k = 50, five epochs, quality on test images.
-
-    Tied rows alone have the rate that is best for them.
-    """
-    rows = {}
-    for label, settings in (
-        ("improved", {}),
-        ("without the floor", {"selection_floor": 0}),
-        ("tied rows alone (no map)", {"encoder_map": False, "learning_rate": 2e-3}),
-        ("tied rows alone, without the floor", {"encoder_map": False, "learning_rate": 2e-3, "selection_floor": 0}),
-    ):
-        model = sae.Trainer(replace(IMPROVED, **settings), data.train).run(progress=False).model
-        row = rows[label] = measured(model, data, data.test)
-        print(f"k 50, {label:36} " + "  ".join(f"{name} {value:.5f}" for name, value in row.items()), flush=True)
-    return rows
-
-
 # ---- 1,000 features, k = 10 ---------------------------------------------------------------
 
 
@@ -295,7 +276,6 @@ def runs(*cases):
 
 PARTS = {
     **{f"k_{k}": partial(frontier, k) for k in KS},
-    "at_50": at_50,
     "rates": runs(
         *((f"improved, 10 epochs, rate {rate:g}", sae.Trainer, small(rate)) for rate in (3e-3, 6e-3, 1.2e-2)),
         *((f"no map, 10 epochs, rate {rate:g}", sae.Trainer, small(rate, encoder_map=False)) for rate in (3e-3, 6e-3)),
@@ -305,7 +285,7 @@ PARTS = {
         f"one_shot_{seed}": runs((f"improved, 20 epochs, seed {seed}", sae.Trainer, small(RATE, 20, seed=seed)))
         for seed in (0, 1, 2)
     },
-    "untied": runs(("own rows, 20 epochs", Untied, replace(OTHERS, epochs=20))),
+    "untied": runs(("untied, 10 epochs", Untied, replace(OTHERS, epochs=10))),
     "refinement": runs(("two refinements, 10 epochs", Refinement, replace(OTHERS, epochs=10))),
     "pursuit": runs(
         ("pursuit, 10 epochs", MatchingPursuit, replace(OTHERS, epochs=10)),
