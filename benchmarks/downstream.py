@@ -7,7 +7,7 @@ first four choose: autoencoders are trained, and classifiers fitted, on training
 49,999, and compared on 50,000 to 59,999. The last two, `test` and `few`, change nothing any
 more: they train on all training images with what `choice` and `few_choice` found, and they
 alone look at the test images. Each part prints a line for each result and replaces its part of
-benchmarks/results/downstream.json; notebook 07 shows that file.
+benchmarks/results/downstream.json; notebook 09 shows that file.
 """
 
 import json

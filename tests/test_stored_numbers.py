@@ -1,13 +1,13 @@
 """Numbers in the notebooks' prose that come from stored results: the sentence stands there, and the file agrees."""
 
-from statistics import mean
+from statistics import mean, pstdev
 
 import pytest
-from test_notebooks import NOTEBOOKS, prose_of
+from test_notebooks import FILES, prose_of
 
 import sae_helpers as sae
 
-PATHS = {path.stem: path for path in NOTEBOOKS}
+PATHS = {path.stem: path for path in FILES}
 
 
 def of(file, part, label, column):
@@ -15,8 +15,86 @@ def of(file, part, label, column):
     return mean(run[column] for run in sae.stored_results(file)[part]["results"][label])
 
 
+def probe(part, label, column="error"):
+    """What a linear probe found."""
+    return sae.stored_results("downstream")[part]["results"]["rows"][label][column]
+
+
+def members(column="error"):
+    return [probe("test", f"member {m}", column) for m in range(5)]
+
+
+def few(label, n):
+    """Mean test error with n labels of each digit."""
+    return mean(probe("few", "labels", label)[n])
+
+
 # notebook, words of its prose, what the stored file says, lowest and highest value for which they are true
 NUMBERS = [
+    # 09_downstream_classification
+    ("09_downstream_classification", "with three times as many features it makes a fifth fewer mistakes",
+     lambda: probe("encoding", "by value, 75 kept") / probe("encoding", "by value, 25 kept: its own code"), 0.75, 0.83),
+    ("09_downstream_classification", "The jump alone matters little",
+     lambda: probe("encoding", "by value, 75 kept", "difference"), 0, 0.0015),
+    ("09_downstream_classification", "where many are kept by value, most lie below zero, and the gain is gone",
+     lambda: probe("encoding", "by value, 200 kept") / probe("encoding", "by value, 25 kept: its own code"),
+     0.95, 1.05),
+    ("09_downstream_classification", "a soft code reads better than the SAE's own (held-out) | 1.70 %",
+     lambda: probe("encoding", "soft, 200 kept"), 0.0169, 0.0171),
+    ("09_downstream_classification", "| 2.27 % |",
+     lambda: probe("encoding", "by value, 25 kept: its own code"), 0.0226, 0.0228),
+    ("09_downstream_classification", "rebuilds with a fifth of the error of $k = 25$",
+     lambda: probe("training", "k = 100", "mse") / probe("training", "k = 25", "mse"), 0.18, 0.22),
+    ("09_downstream_classification", "misreads more than half as often again",
+     lambda: probe("training", "k = 100") / probe("training", "k = 25"), 1.5, 1.7),
+    ("09_downstream_classification", "$k = 12$ and $k = 50$ are less than two s.e. behind",
+     lambda: max(probe("training", f"k = {k}", "difference") / probe("training", f"k = {k}", "se") for k in (12, 50)),
+     0, 2),
+    ("09_downstream_classification", "The reference recipe, with a third of its features dead",
+     lambda: probe("training", "reference recipe, k = 25", "dead_fraction"), 0.3, 0.37),
+    ("09_downstream_classification", "dead, reads worse",  # by more than two standard errors
+     lambda: probe("training", "reference recipe, k = 25", "difference")
+     / probe("training", "reference recipe, k = 25", "se"), 2, 5),
+    ("09_downstream_classification", "the SAE that rebuilds best reads worst (held-out) | 2.9 %",
+     lambda: probe("training", "k = 100"), 0.0285, 0.0295),
+    ("09_downstream_classification", "a quarter of the features kept: 1.8 %",
+     lambda: probe("training", "k = 25"), 0.0175, 0.0185),
+    ("09_downstream_classification", "say the same on the test images",  # one for each digit: random less learnt
+     lambda: probe("few", "features", "random features, soft code")["1"]["error"]
+     - probe("few", "features", "member 0")["1"]["error"], -0.02, 0.06),
+    ("09_downstream_classification", "say the same on the test images",  # twenty for each
+     lambda: probe("few", "features", "member 0")["20"]["error"]
+     / probe("few", "features", "random features, soft code")["20"]["error"], 0.4, 0.6),
+    ("09_downstream_classification", "which images are labelled matters more than the features",
+     lambda: (few("raw pixels", "1") - few("member 0", "1")) / pstdev(probe("few", "labels", "member 0")["1"]),
+     -0.7, 0.7),
+    ("09_downstream_classification", "learnt features make little more than half the pixels' mistakes",
+     lambda: few("member 0", "100") / few("raw pixels", "100"), 0.5, 0.56),
+    ("09_downstream_classification", "more than two thirds of the way from the pixels to one member",
+     lambda: (probe("test", "raw pixels") - probe("test", "random features, soft code"))
+     / (probe("test", "raw pixels") - mean(members())), 0.67, 0.72),
+    ("09_downstream_classification", "make more than a quarter fewer mistakes than one",
+     lambda: probe("test", "five members") / mean(members()), 0.68, 0.75),
+    ("09_downstream_classification", "five members read better than one (test) | 1.26 %",
+     lambda: probe("test", "five members"), 0.01255, 0.01265),
+    ("09_downstream_classification", "| 1.76 % |", lambda: mean(members()), 0.01755, 0.01765),
+    ("09_downstream_classification", "Each of our members misreads more", lambda: min(members()), 0.0135, 0.02),
+    ("09_downstream_classification", "the interval of all five holds both",
+     lambda: probe("test", "five members", "low"), 0, 0.012),
+    ("09_downstream_classification", "the interval of all five holds both",
+     lambda: probe("test", "five members", "high"), 0.0135, 0.02),
+    # reference_system, a page
+    ("reference_system", "the trained system has 0.0049",
+     lambda: of("dead_features", "final", "reference, one member", "mse"), 0.00485, 0.00495),
+    ("reference_system", "from 0.48 to 0.973",
+     lambda: of("dead_features", "final", "reference, one member", "pearson"), 0.9725, 0.974),
+    ("reference_system", "a third of the features die",
+     lambda: of("dead_features", "final", "reference, one member", "dead_fraction"), 0.3, 0.37),
+    ("reference_system", "within an ensemble they become copies",
+     lambda: sae.stored_results("consistency")["weights"]["results"]["0.01"]["within"], 0.9, 1),
+    ("reference_system", "between two ensembles with different seeds the loss adds next to nothing",
+     lambda: sae.stored_results("consistency")["weights"]["results"]["0.01"]["between"]
+     - sae.stored_results("consistency")["weights"]["results"]["0.0"]["between"], -0.03, 0.03),
 ]  # fmt: skip
 
 
