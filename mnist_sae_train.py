@@ -20,17 +20,19 @@ import time
 import uuid
 import warnings
 import zlib
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import sae_helpers as sae
 
 STATE, STATE_SECONDS, LOCK = "training_state.safetensors", 30, ".lock"
+BLOCK = 1024  # rows of a file that are read together
 RESULTS = ("sae.safetensors", "metrics.json", "reconstructions.png", "training_metrics.png", "sae_features.png")
 QUALITY = ("mse", "pearson", "explained_variance", "dead_fraction", "rare_fraction")
 # Command line names are the reference system's; the recipe's are the field's.
@@ -53,7 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
     for option, field in RECIPE_OPTIONS.items():
         kind = type(getattr(defaults, field))
         parser.add_argument(f"--{option}", type=kind, metavar=kind.__name__.upper(), help="default: the recipe's")
-    parser.add_argument("--data", metavar="DIR", help="four idx files in MNIST's format; default: MNIST itself")
+    parser.add_argument(
+        "--data", metavar="PATH",
+        help="a folder of four idx files in MNIST's format, or a .npy or .safetensors of rows; default: MNIST itself",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="where to write; default: runs/<time>")
     parser.add_argument("--wandb", choices=["disabled", "offline", "online"], default="disabled")
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
@@ -65,8 +70,8 @@ class Stopped(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+    parser, out = build_parser(), Output(sys.stdout if leads() else None)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(Output(sys.stderr)):
         args = parser.parse_args(argv)
         try:
             (analyze_loss if args.analyze_loss else train)(args)
@@ -82,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             smaller = "choose a smaller --hidden_size, --num_saes or --batch_size"
             status, message = 2, f"error: the memory is too small ({first_line(error)}): {smaller}"
-        print(f"{parser.prog}: {printable(message)}", file=sys.stderr)
+        if not processes()[1]:
+            print(f"{parser.prog}: {printable(message)}", file=sys.stderr)
         return status
 
 
@@ -165,8 +171,9 @@ def pick_device(name: str = "auto") -> torch.device:
 def require_memory(recipe: sae.Recipe, data: sae.Images, device: torch.device) -> None:
     """Raise SAEError where a training cannot fit, before anything is allocated."""
     features, rows = recipe.n_members * recipe.d_sae, max(1000, min(recipe.batch_size, len(data.train)))
+    resident = 0 if isinstance(data, Rows) else data.train.numel()
     # Weights, gradient, two moments and two copies; pre-activations and two more of their size.
-    needed = 4 * (features * data.train.shape[1] * 6 + rows * features * 3 + data.train.numel())
+    needed = 4 * (features * data.train.shape[1] * 6 + rows * features * 3 + resident)
     there = math.inf
     if device.type == "cuda":
         there = torch.cuda.mem_get_info()[0]
@@ -185,8 +192,13 @@ IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-
 
 
 def load_data(args) -> sae.Images:
-    data = sae.load_mnist() if args.data is None else load_idx(user_path("--data", args.data))
-    print(f"data: {data.name}, {len(data.train):,} training and {len(data.test):,} test images")
+    if args.data is None:
+        data = sae.load_mnist()
+    else:
+        path = user_path("--data", args.data)
+        data = load_rows(path) if path.suffix in (".npy", ".safetensors") and not path.is_dir() else load_idx(path)
+    what = "rows" if isinstance(data, Rows) else "images"
+    print(f"data: {data.name}, {len(data.train):,} training and {len(data.test):,} test {what}")
     return data
 
 
@@ -199,7 +211,7 @@ def load_idx(folder: str | Path) -> sae.Images:
     folder = Path(folder)
     try:
         if not folder.is_dir():
-            raise sae.SAEError(f"{folder} is not a folder: give the one that holds the four idx files")
+            raise sae.SAEError(f"{folder} is not a folder: give that of four idx files, or a .npy or .safetensors file")
         below = folder / "raw"
         raw = below if below.is_dir() and not any(find(folder, stem) for stem in IDX_FILES) else folder
         arrays = [read_idx(raw, stem) for stem in IDX_FILES]
@@ -237,46 +249,115 @@ def read_idx(raw: Path, stem: str) -> np.ndarray:
     if path.exists() and not path.is_file():
         raise sae.SAEError(f"{path} is not a file: {remedy}")
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            start = file.read(4)
+            sizes = file.read(4 * start[3]) if start[:3] == b"\0\0\x08" and len(start) == 4 else b""
+            if not sizes or len(sizes) < 4 * start[3]:
+                start = start.hex() or "nothing"
+                raise sae.SAEError(f"{path} is not an idx file of bytes (it starts with {start}): {remedy}")
+            shape, content = np.frombuffer(sizes, ">u4").tolist(), bytearray()
+            promised = math.prod(shape)
+            # In pieces: neither a header that promises much nor gzip that swells gets memory for nothing.
+            while len(content) <= promised and (piece := file.read(2**20)):
+                content += piece
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise sae.SAEError(f"{path} is damaged ({first_line(error)}): {remedy}") from error
-    if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
-        start = content[:4].hex() or "nothing"
-        raise sae.SAEError(f"{path} is not an idx file of bytes (it starts with {start}): {remedy}")
-    header, shape = 4 + 4 * content[3], np.frombuffer(content, ">u4", count=content[3], offset=4).tolist()
-    size, promised = len(content), header + math.prod(shape)
-    if size != promised:
-        raise sae.SAEError(f"{path} holds {size:,} bytes where its header promises {promised:,}: {remedy}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    if len(content) != promised:
+        more = "more" if len(content) > promised else f"{len(content):,}"
+        raise sae.SAEError(f"{path} holds {more} bytes where its header promises {promised:,}: {remedy}")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Rows(sae.Images):
+    """Rows of numbers in place of images: `train` lies in a file, and is read from there when it is needed."""
+
+    mean: Tensor | None = None  # of the training rows, [d_in]
+
+
+def load_rows(path: Path) -> Rows:
+    """Float16 or float32 [n, d_in]: a .npy file, or a .safetensors file of one tensor. The last tenth, at most 10,000
+    rows, is held out. Raises SAEError where the file is damaged, of another kind or shape, or holds no finite numbers.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        rows = np.load(path, mmap_mode="r") if path.suffix == ".npy" else map_safetensors(path)
+        good = rows.dtype in (np.float16, np.float32) and rows.ndim == 2 and rows.flags.c_contiguous
+        if not good or len(rows) < 10 or not rows.shape[1]:
+            raise ValueError(f"it holds {rows.dtype} {list(rows.shape)}{', in Fortran order' * rows.flags.fnc}")
+    except Exception as error:  # whatever a damaged file makes of the readers
+        what = "give 10 rows or more, a float16 or float32 array [n, d_in] in C order"
+        raise sae.SAEError(f"{path} cannot be used ({printable(first_line(error))}): {what}") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes
+        rows = torch.from_numpy(rows)
+    total, held_out = torch.zeros(rows.shape[1], dtype=torch.float64), min(10_000, len(rows) // 10)
+    train, test = rows[:-held_out], rows[-held_out:].float()
+    for i, part in enumerate((*train.split(BLOCK), test)):
+        bad = ~part.float().square().sum(1).isfinite()
+        if bad.any():
+            at = min(i * BLOCK, len(train)) + int(bad.nonzero()[0])
+            raise sae.SAEError(f"{path}: row {at:,} holds NaN, or numbers that are too large: leave it out")
+        total += 0 if part is test else part.sum(0, dtype=torch.float64)
+    none = torch.empty(0, dtype=torch.int64)
+    return Rows(printable(path.name), (), train, none, test, none, mean=(total / len(train)).float())
+
+
+def map_safetensors(path: Path) -> np.memmap:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:  # it checks all that the header says
+        (name,) = file.keys()
+        part = file.get_slice(name)
+        kind, shape = {"F16": "<f2", "F32": "<f4"}[part.get_dtype()], tuple(part.get_shape())
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    return np.memmap(path, kind, "r", start, shape)
 
 
 # ---- A training run ------------------------------------------------------------------
 
 
 def train(args) -> None:
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise sae.SAEError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: start one process, without torchrun")
     if args.resume and args.out is None:
         raise sae.SAEError("--resume needs --out DIR: the folder of the run to go on with")
     # For whatever loads matplotlib first: no window, and no backend of the user's.
     os.environ["MPLBACKEND"] = "Agg"
-    device, recipe = pick_device(args.device), chosen_recipe(args)
-    data = load_data(args)
-    with run_folder(args) as out, options_as_typed():
-        state = read_state(out) if args.resume else None
-        recipe = resumed_recipe(args, state["recipe"]) if state else recipe
-        require_memory(recipe, data, device)
-        run = Run(CapturedTrainer(recipe, data.train, device), data, out)
-        if state:
-            run.restore(state)
-        print(f"device: {device}; recipe: {recipe.name}; {recipe.n_members} members; writing to {printable(out)}")
-        try:
-            run.require_room()
-            with wandb_run(args.wandb, run):
-                run.train()
-            print_summary(run)
-        except KeyboardInterrupt as error:
-            raise Stopped(signal.SIGINT, run.what_is_left()) from error
+    recipe = chosen_recipe(args)
+    with process_group(args) as device:
+        if not leads():
+            from_the_first(None)
+        data = load_data(args)  # which may be downloaded, and by one process
+        if leads():
+            from_the_first(None)
+        with run_folder(args) if leads() else contextlib.nullcontext() as out, options_as_typed():
+            state = from_the_first(read_state(out) if leads() and args.resume else None)
+            recipe = resumed_recipe(args, state["recipe"]) if state else recipe
+            require_memory(recipe, data, device)
+            kind = ParallelTrainer if processes()[2] > 1 else FileTrainer
+            run = (Run if leads() else Follower)(kind(recipe, data, device), data, out)
+            if state:
+                run.restore(state)
+            print(f"device: {device}; recipe: {recipe.name}; {recipe.n_members} members; writing to {printable(out)}")
+            try:
+                run.require_room()
+                with wandb_run(args.wandb if leads() else "disabled", run):
+                    run.train()
+                run.print_summary()
+            except KeyboardInterrupt as error:
+                raise Stopped(signal.SIGINT, run.what_is_left()) from error
+
+
+def processes() -> tuple[int, int, int]:
+    """This process's number, its number on this machine, and how many torchrun has started."""
+    size = int(os.environ.get("WORLD_SIZE") or 1)
+    return (int(os.environ.get("RANK") or 0), int(os.environ.get("LOCAL_RANK") or 0), size) if size > 1 else (0, 0, 1)
+
+
+def leads() -> bool:
+    """Whether it is this process that writes, logs and draws."""
+    return processes()[0] == 0
 
 
 class Run:
@@ -284,13 +365,15 @@ class Run:
 
     def __init__(self, trainer: CapturedTrainer, data: sae.Images, out: Path):
         self.trainer, self.data, self.out = trainer, data, out
-        parts = (data.train, data.train_labels, data.test, data.test_labels)
-        self.fingerprint = [data.name, hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()]
+        content = hashlib.sha256()
+        for part in (data.train, data.train_labels, data.test, data.test_labels):
+            content.update(part.numpy())
+        self.fingerprint = [data.name, content.hexdigest()]
         self.epochs: list[dict] = []  # the entries of `report`
         self.seconds, self.began = 0.0, time.perf_counter()  # of training alone
         self.wandb, self.wandb_id = None, uuid.uuid4().hex[:8]
         self.saved_step: int | None = None  # of the state on the disk
-        self.next_state, self.signal, self.finished = 0.0, 0, False
+        self.next_state, self.signal, self.stop, self.finished = 0.0, 0, 0, False
         trainer.after_step = self.after_step
 
     def train(self) -> None:
@@ -303,20 +386,21 @@ class Run:
             if len(self.epochs) < done or trainer.step == trainer.total_steps:
                 del self.epochs[done - 1 :]
                 self.after_epoch(trainer)
-            trainer.run(progress=True, after_epoch=self.after_epoch)
+            trainer.run(progress=leads(), after_epoch=self.after_epoch)
 
     def after_step(self) -> None:
         within = self.trainer.step % self.trainer.steps_per_epoch  # at its end `after_epoch` writes
-        if self.signal or (within and time.monotonic() >= self.next_state):
+        self.stop = self.trainer.agreed(self.signal)
+        if self.stop or (within and time.monotonic() >= self.next_state):
             with self.stopped_clock():
-                self.save_state(may_stop=True)
+                self.save_state()
 
     def after_epoch(self, trainer) -> None:
         with self.stopped_clock():
             entry, activity = report(trainer, self.data)
             self.epochs.append(entry)
             last = trainer.step == trainer.total_steps
-            self.save_state(may_stop=not last)
+            self.save_state()
             figures = plot_run(trainer, self.data, self.epochs, activity) if self.wandb or last else {}
             if last:
                 self.save_results(figures)
@@ -352,15 +436,15 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def save_state(self, may_stop: bool) -> None:
+    def save_state(self) -> None:
         """Write the state, then stop if a signal asked for it. A full disk does not end a training that can go on."""
-        stop, failure = self.signal if may_stop else 0, ""
+        failure = ""
         try:
             self.write_state()
         except OSError as error:
             failure = f"the state cannot be written ({first_line(error)}): "
-        if stop:
-            raise Stopped(stop, failure + self.what_is_left())
+        if self.stop:
+            raise Stopped(self.stop, failure + self.what_is_left())
         if failure:
             print(f"\n{failure}training goes on; free room", file=sys.stderr)
         self.next_state = time.monotonic() + STATE_SECONDS
@@ -381,8 +465,8 @@ class Run:
             "restarts": trainer.restarts, "scaler": trainer.scaler.state_dict(), "epochs": self.epochs,
             "seconds": self.seconds, "wandb_id": self.wandb_id,
         }  # fmt: skip
-        content = save(trainer.tensors(), {"state": json.dumps(described, allow_nan=False)})
-        write_durably(self.out / STATE, content)
+        tensors, text = trainer.tensors(), json.dumps(described, allow_nan=False)
+        write_durably(self.out / STATE, save(tensors, {"state": text, "sha256": checksum(text, tensors)}))
         self.saved_step = trainer.step
 
     def restore(self, state: dict) -> None:
@@ -419,7 +503,7 @@ class Run:
         """Write the five files; only when they are safe on the disk does the state go."""
         try:
             save_run(self.trainer, self.data, self.epochs, self.seconds, self.out, figures)
-            for name in (*RESULTS, ""):
+            for name in ("sae.safetensors", "metrics.json", *(f"{name}.png" for name in figures), ""):
                 flush_to_disk(self.out / name)
         except OSError as error:
             raise sae.SAEError(
@@ -437,19 +521,80 @@ class Run:
             print(f"\nW&B failed ({first_line(error)}): going on without it", file=sys.stderr)
             self.wandb = None
 
+    def print_summary(self) -> None:
+        last, what = self.epochs[-1], "rows" if isinstance(self.data, Rows) else "images"
+        names = [name for name in last["test"] if name != "matched_cosine" or self.trainer.recipe.n_members > 1]
+        means = {
+            name: "undefined" if last["test"][name] is None else f"{np.mean(last['test'][name]):.4f}" for name in names
+        }
+        print(
+            f"{self.data.name}, test {what}, mean of members: {', '.join(map(' '.join, means.items()))}; "
+            f"{self.seconds:.0f} s of training; results in {printable(self.out)}"
+        )
+        for part in ("train", "test"):
+            for name, why in (("pearson", "none of them varies"), ("explained_variance", "all are the mean image")):
+                if last[part][name] is None:
+                    print(f"{name} is undefined on the {part} {what}: {why}")
 
-def print_summary(run: Run) -> None:
-    test = run.epochs[-1]["test"]
-    names = [name for name in test if name != "matched_cosine" or run.trainer.recipe.n_members > 1]
-    figures = [f"{name} {'undefined' if test[name] is None else f'{np.mean(test[name]):.4f}'}" for name in names]
-    print(
-        f"{run.data.name}, test images, mean of members: {', '.join(figures)}; {run.seconds:.0f} s of training; "
-        f"results in {printable(run.out)}"
-    )
-    for part in ("train", "test"):
-        for name, why in (("pearson", "none of them varies"), ("explained_variance", "all are the mean image")):
-            if run.epochs[-1][part][name] is None:
-                print(f"{name} is undefined on the {part} images: {why}")
+
+class Follower(Run):
+    """What a process does that does not lead: it trains."""
+
+    def nothing(self, *_) -> None:
+        pass
+
+    after_epoch = write_state = require_room = print_summary = nothing
+
+
+# ---- More than one process -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def process_group(args):
+    """The processes that torchrun has started join; yields this one's device. When one dies torchrun begins again."""
+    device, (_, local, size) = pick_device(args.device), processes()
+    if size > 1 and args.out is None:
+        raise sae.SAEError("several processes need --out DIR: where a group that torchrun starts again finds its state")
+    if args.out and int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0):
+        out = user_path("--out", args.out)
+        args.resume = os.path.lexists(out / STATE) or os.path.lexists(out / LOCK)
+    if size > 1:
+        if device.type == "mps" or (device.type == "cuda" and local >= torch.cuda.device_count()):
+            raise sae.SAEError(f"process {local} finds no {device.type} device of its own: start fewer, or choose cpu")
+        if device.type == "cuda":
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as error:
+            raise sae.SAEError(f"{size} processes cannot join ({first_line(error)}): start them by torchrun") from error
+    yield device
+    if size > 1:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def together():
+    """Around what all processes do: where one has died the others end."""
+    try:
+        yield
+    except RuntimeError as error:
+        remedy = "--resume, or torchrun --max-restarts, goes on from the last state"
+        raise sae.SAEError(f"another process has ended ({first_line(error)}): {remedy}") from error
+
+
+def from_the_first(value):
+    """What the leading process has, in all of them."""
+    values = [value]
+    if processes()[2] > 1:
+        with together():
+            dist.broadcast_object_list(values)
+    return values[0]
+
+
+def add_up(tensor: Tensor, how="SUM") -> None:
+    with together():
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, how))
 
 
 # ---- Its folder ----------------------------------------------------------------------
@@ -554,8 +699,8 @@ def flush_to_disk(path: Path) -> None:
 class CapturedTrainer(sae.Trainer):
     """A Trainer that can be stored, and on CUDA launches a step, bound by the launches of its kernels, as one graph.
 
-    It is recorded after three plain steps, when optimizer and scaler hold their state. A graph holds numbers as they
-    were: a subclass whose `update` or `losses` reads any that change (the step, say) sets `capture = False`.
+    It is recorded after three plain steps, when optimizer and scaler hold their state. A graph holds Python's numbers
+    as they were: a subclass whose `losses` or `boost` reads any that change (the step, say) sets `capture = False`.
     """
 
     capture = True
@@ -641,6 +786,89 @@ class CapturedTrainer(sae.Trainer):
         self.step, self.restarts = step, [tuple(pair) for pair in state["restarts"]]
 
 
+class FileTrainer(CapturedTrainer):
+    """A CapturedTrainer of a data set that may lie in a file: rows are read from there batch by batch.
+
+    `x` is then their mean, n times over, which costs nothing; the batch that is made of it gets its rows here.
+    """
+
+    def __init__(self, recipe: sae.Recipe, data: sae.Images, device: torch.device | str = "cpu"):
+        self.rows = data.train if isinstance(data, Rows) else None
+        x = data.train if self.rows is None else data.mean.to(device).expand(len(data.train), -1)
+        super().__init__(recipe, x, device)
+
+    def update(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.rows is not None:
+            begin = self.step % self.steps_per_epoch * self.recipe.batch_size
+            if begin == 0:
+                self.order = order_by_blocks(len(self.rows), self.generator)
+            x.copy_(self.rows[self.order[begin : begin + len(x)].cpu()])
+        return super().update(x)
+
+    def agreed(self, number: int) -> int:
+        return number
+
+
+def order_by_blocks(n: int, generator: torch.Generator) -> Tensor:
+    """A random order of n rows in which only 64 blocks of a file, themselves random ones, are mixed at a time."""
+    blocks = torch.arange(n).split(BLOCK)
+    order = torch.cat([blocks[i] for i in torch.randperm(len(blocks), generator=generator)])
+    return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in order.split(64 * BLOCK)])
+
+
+class ParallelTrainer(FileTrainer):
+    """A FileTrainer in each of several processes, which hold the same numbers and divide each batch among them.
+
+    Codes, reconstructions and gradients are added up; what follows from them, Adam's step for one, is done by each.
+    """
+
+    capture = False
+
+    def __init__(self, recipe: sae.Recipe, data: sae.Images, device: torch.device | str = "cpu"):
+        super().__init__(recipe, data, device)
+        for parameter in self.model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda parameter: add_up(parameter.grad))
+        self.copy_from_the_first()
+
+    def update(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.model.autoencode = self.autoencode  # for this step alone: one process evaluates and draws
+        try:
+            return super().update(x)
+        finally:
+            del self.model.autoencode
+
+    def autoencode(self, x: Tensor, boost: Tensor | None) -> list[Tensor]:
+        rank, _, size = processes()
+        begin, end = len(x) * rank // size, len(x) * (rank + 1) // size
+        own = x[begin : max(end, begin + 1)]  # a process without an image takes one, and leaves it out
+        wholes = []
+        for part in sae.TopKSAE.autoencode(self.model, own, boost):  # [M, own images, n]
+            part = part[:, : end - begin]
+            others = part.new_zeros(len(part), len(x), part.shape[2])
+            others[:, begin:end] = part.detach()
+            add_up(others)
+            wholes.append(torch.cat([others[:, :begin], part, others[:, end:]], 1))
+        return wholes
+
+    def align_members(self) -> None:
+        if leads():
+            super().align_members()
+        self.copy_from_the_first()
+
+    def copy_from_the_first(self) -> None:
+        moments = [s[name] for s in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        with together():
+            for tensor in (*self.model.state_dict().values(), self.fires, self.use, self.scale, *moments):
+                dist.broadcast(tensor, 0)
+
+    def agreed(self, number: int) -> int:
+        """The greatest of all processes', every few steps, so that all stop in the same one."""
+        if self.step % self.log_every and self.step % self.steps_per_epoch:
+            return 0
+        add_up(greatest := torch.tensor(number, device=self.x.device), "MAX")
+        return int(greatest)
+
+
 def read_state(out: Path) -> dict | None:
     """What `Run.write_state` wrote, or None where nothing is. Nothing of it is run, or taken on trust."""
     from safetensors import safe_open
@@ -652,7 +880,10 @@ def read_state(out: Path) -> dict | None:
         require(path.is_file())
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            state = json.loads(file.metadata()["state"])
+            text, sha256 = (file.metadata()[name] for name in ("state", "sha256"))
+        if sha256 != checksum(text, tensors):
+            raise ValueError("it is damaged: its checksum is wrong")
+        state = json.loads(text)
         require(state["recipe"].keys() == {field.name for field in fields(sae.Recipe)})
         recipe = state["recipe"] = sae.Recipe(**state["recipe"])
         # Before anything of the size that it promises is made.
@@ -670,6 +901,14 @@ def read_state(out: Path) -> dict | None:
     except Exception as error:
         raise unreadable(path, error) from error
     return state | {"tensors": tensors}
+
+
+def checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    sha256 = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha256.update(tensor.numpy())
+    return sha256.hexdigest()
 
 
 def require(*conditions: object) -> None:
@@ -696,9 +935,10 @@ def report(trainer: sae.Trainer, data: sae.Images) -> tuple[dict, Tensor]:
     fractions compare. Returns the entry, and the activity [M, d_sae] on test images.
     Raises SAEError where training has diverged.
     """
-    x_test, mean, features = data.test.to(trainer.x.device), trainer.x.mean(0), trainer.model.features()
+    features = trainer.model.features()
+    mean = data.mean.to(trainer.x) if isinstance(data, Rows) else trainer.x.mean(0)
     entry = {"epoch": trainer.step // trainer.steps_per_epoch, "step": trainer.step}
-    for part, x in (("train", trainer.x[: len(x_test)]), ("test", x_test)):
+    for part, x in (("train", data.train[: len(data.test)].to(mean)), ("test", data.test.to(mean))):
         quality = sae.evaluate(trainer.model, x, mean)
         trainer.require_finite(quality["mse"])
         entry[part] = {name: quality[name].tolist() for name in QUALITY}
@@ -775,7 +1015,11 @@ def plot_training(history: dict[str, list], data: sae.Images, epochs: list[dict]
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), facecolor="white")
     figure.subplots_adjust(left=0.085, right=0.99, bottom=0.15, top=0.91, wspace=0.2)  # a layout engine takes longer
-    for axis, name, label in zip(axes, ("mse", "pearson"), ("MSE (per pixel)", "Pearson correlation")):
+    for axis, name, label in zip(
+        axes,
+        ("mse", "pearson"),
+        (f"MSE (per {'number' if isinstance(data, Rows) else 'pixel'})", "Pearson correlation"),
+    ):
         axis.plot(history["step"], history[name], color="tab:blue", alpha=0.5, linewidth=0.8)
         axis.plot([], [], color="tab:blue", label="training batches, a line per member")
         dots = [(entry["step"], np.mean(entry["test"][name])) for entry in epochs if entry["test"][name]]
@@ -805,12 +1049,14 @@ def plot_features(model: sae.TopKSAE, activity: Tensor, data: sae.Images, n: int
 
 
 def plot_run(trainer: sae.Trainer, data: sae.Images, epochs: list[dict], activity: Tensor) -> dict:
-    """The three pictures of a run by name; `epochs` and `activity` come from `report`. The caller closes them."""
-    return {
+    """A run's pictures by name, of rows only the curves; `epochs` and `activity` come from `report`. The caller closes
+    them.
+    """
+    curves = {"training_metrics": plot_training(trainer.history, data, epochs)}
+    return curves if isinstance(data, Rows) else curves | {
         "reconstructions": plot_reconstructions(trainer.model, data),
-        "training_metrics": plot_training(trainer.history, data, epochs),
         "sae_features": plot_features(trainer.model, activity, data),
-    }
+    }  # fmt: skip
 
 
 @plain_style()
@@ -906,6 +1152,8 @@ def analyze_loss(args) -> None:
     """Baselines, the initial loss of each member, the prediction, the verdict."""
     recipe, device = chosen_recipe(args), pick_device(args.device)
     data = load_data(args)
+    if isinstance(data, Rows):
+        raise sae.SAEError("--analyze_loss explains the loss of images: give a folder of them, or leave --data out")
     require_memory(recipe, data, device)
     mean = data.train.mean(0)
     model = sae.Trainer(replace(recipe, decoder_bias=False), data.train, device).model

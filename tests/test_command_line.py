@@ -396,7 +396,7 @@ def test_closed_or_full_output_ends_nothing(letters, monkeypatch):
         ("--precision half", ["--precision is 'half'", "choose auto"]),
         ("--precision float16", ["--precision float16 is not for device cpu", "choose auto"]),
         ("--seed -1", ["--seed is -1", "from 0"]),
-        ("--data nowhere", ["nowhere", "is not a folder", "give the one"]),
+        ("--data nowhere", ["nowhere", "is not a folder", "four idx files"]),
         ("--resume", ["out", "no interrupted run"]),
     ],
 )
