@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import nbformat
 import pytest
 from conftest import one_line_error
 
@@ -123,6 +124,21 @@ def tool(folder, *arguments):
     return subprocess.run(
         [sys.executable, folder / "tools" / "notebooks.py", *arguments], capture_output=True, text=True, timeout=120
     )
+
+
+TELLS = ["import ipywidgets", "out = ipywidgets.Output()\nwith out:\n    print('shown')", "assert out.outputs == ()"]
+
+
+@pytest.mark.parametrize(
+    "command", [["tools/notebooks.py", "run"], ["-m", "pytest", "--nbmake"]], ids=["tool", "nbmake"]
+)
+def test_kernel_is_sent_nothing_while_a_cell_runs(copy, command):
+    """Else a notebook may stand still: see notebooks/conftest.py. Told of an output, the third cell would fail."""
+    path = copy / "notebooks" / "widget.ipynb"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in TELLS])
+    nbformat.write(notebook, path)
+    result = subprocess.run([sys.executable, *command, path], cwd=copy, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.fixture

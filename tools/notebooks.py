@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 from nbclient import NotebookClient
+from nbclient.output_widget import OutputWidget
 from PIL import Image
 
 from sae_helpers import write_atomically
@@ -23,6 +24,8 @@ PICTURES = ROOT / "visualizations"
 ADDRESS = re.compile(r'^Repository = "https://github\.com/(.+)"$', re.MULTILINE)
 REPO_LINE = re.compile(r'^REPO = ".*?"', re.MULTILINE)
 BADGE_LINE = re.compile(r"^.*<!-- colab -->$", re.MULTILINE)
+# As in notebooks/conftest.py, where the reason stands.
+OutputWidget.sync_state = lambda self: None
 
 
 def all_notebooks() -> list[Path]:
@@ -35,7 +38,13 @@ def run(paths: list[Path]) -> None:
         print(f"running {path.name} …", flush=True)
         notebook = nbformat.read(path, as_version=4)
         client = NotebookClient(
-            notebook, timeout=None, record_timing=False, resources={"metadata": {"path": path.parent}}
+            notebook,
+            timeout=600,
+            # Outputs that come late, on a busy machine, would be left out with no more than a line in a log.
+            iopub_timeout=60,
+            raise_on_iopub_timeout=True,
+            record_timing=False,
+            resources={"metadata": {"path": path.parent}},
         )
         client.execute()
         # Widget state is incomplete without its kernel, and GitHub refuses a notebook that holds it.
