@@ -75,10 +75,12 @@ def load_mnist(root: str | Path | None = None) -> Images:
     try:
         raw.exists() and os.listdir(raw)  # torchvision takes a closed folder for an empty one
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            train, test = (MNIST(root, train=part, download=True) for part in (True, False))
+            # Told of what is missing alone, it names that, and unpacks files beside plain ones without a network.
+            missing = [pair for pair in MNIST.resources if not (raw / pair[0].removesuffix(".gz")).exists()]
+            reader = type("MNIST", (MNIST,), {"resources": missing})
+            train, test = (reader(root, train=part, download=True) for part in (True, False))
     except Exception as error:  # whatever a broken file or connection makes of torchvision
-        blocked = isinstance(error, (PermissionError, NotADirectoryError, FileExistsError))
-        if not blocked and not any(raw.glob("*-ubyte*")):
+        if not getattr(error, "filename", None) and not any(raw.glob("*-ubyte*")):  # no error of the disk
             return _offline_digits(raw)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise SAEError(f"{raw} does not give MNIST ({reason}): delete damaged files, or connect") from error
@@ -123,9 +125,9 @@ class TopKSAE(nn.Module):
         super().__init__()
         self.n_members = len(seeds)
         for one in per_member("k", k, len(seeds)):
-            if not 1 <= one <= d_sae:
+            if not (1 <= one <= d_sae and one == int(one)):
                 raise SAEError(f"k = {one} features cannot be kept of {d_sae}: choose k from 1 to the hidden size")
-        self.d_in, self.d_sae, self.k, self.relu = d_in, d_sae, k, relu
+        self.d_in, self.d_sae, self.k, self.relu = d_in, d_sae, k if isinstance(k, Sequence) else int(k), relu
         self.W = nn.Parameter(torch.stack([initial_weights(d_sae, d_in, seed) for seed in seeds]))  # [M, d_sae, d_in]
         self.b_enc = nn.Parameter(torch.zeros(len(seeds), d_sae))  # [M, d_sae]
         self.register_buffer("b_dec", (torch.zeros(d_in) if b_dec is None else b_dec.cpu()).repeat(len(seeds), 1))
@@ -160,16 +162,14 @@ class TopKSAE(nn.Module):
         """Write W, b_enc, b_dec, A if there is one, and what is needed to use them (safetensors)."""
         from safetensors.torch import save
 
-        k = ",".join(map(str, np.atleast_1d(self.k)))
-        sizes = {"d_in": self.d_in, "d_sae": self.d_sae, "n_members": self.n_members, "relu": int(self.relu), "k": k}
-        metadata = {name: str(value) for name, value in sizes.items()} | {"data": data, "recipe": recipe}
+        metadata = {name: str(int(getattr(self, name))) for name in ("d_in", "d_sae", "n_members", "relu")}
+        metadata |= {"k": ",".join(map(str, np.atleast_1d(self.k))), "data": data, "recipe": recipe}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        metadata["sha256"] = _checksum(metadata, tensors)
         content = save(tensors, metadata)  # with the metadata in random order: equal runs should write equal bytes
         end = 8 + int.from_bytes(content[:8], "little")
-        header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
-        header = header.ljust(-(-len(header) // 8) * 8)
-        content = len(header).to_bytes(8, "little") + header + content[end:]
-        write_atomically(path, lambda temporary: temporary.write_bytes(content))
+        head = (text := json.dumps(json.loads(content[8:end]), sort_keys=True).encode()) + b" " * (-len(text) % 8)
+        write_atomically(path, lambda file: file.write_bytes(len(head).to_bytes(8, "little") + head + content[end:]))
 
     @classmethod
     def load(cls, path: str | Path) -> TopKSAE:
@@ -179,19 +179,25 @@ class TopKSAE(nn.Module):
         try:
             with safe_open(path, framework="pt") as file:
                 metadata, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            d_in, d_sae, n_members = (int(metadata[name]) for name in ("d_in", "d_sae", "n_members"))
-            ks = tuple(map(int, metadata["k"].split(",")))
-            if state["W"].shape != (n_members, d_sae, d_in):  # before anything of the promised size is made
-                raise ValueError(f"W has the shape {list(state['W'].shape)}")
-            k = ks[0] if len(ks) == 1 else ks
-            model = cls(d_in, d_sae, k, range(n_members), None, "A" in state, metadata["relu"] == "1")
-            if "A" in state and len(state["A"]) == n_members:  # another writer may have a map for each member
-                model.A = nn.Parameter(torch.empty(n_members, d_in, d_in))
+            if "sha256" in metadata and metadata.pop("sha256") != _checksum(metadata, state):
+                raise ValueError("it is damaged: its checksum is wrong")
+            d_in, d_sae, M = (int(metadata[name]) for name in ("d_in", "d_sae", "n_members"))
+            W, A, (k, *more) = state["W"], state.get("A"), map(int, metadata["k"].split(","))
+            fits = A is None or (len(A) in (1, M) and A.shape[1:] == (d_in, d_in))  # other writers may have M maps
+            if not (fits and W.numel() and W.shape == (M, d_sae, d_in)):  # before anything of that size is made
+                raise ValueError(f"W has the shape {list(W.shape)}")
+            model = cls(d_in, d_sae, (k, *more) if more else k, range(M), None, A is not None, metadata["relu"] == "1")
+            model.A = None if A is None else nn.Parameter(A)
             model.load_state_dict(state)
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise SAEError(f"{path} is no checkpoint of this project ({reason}): train one, or give another") from error
         return model
+
+
+def _checksum(metadata, tensors):
+    body = b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode() + body).hexdigest()
 
 
 def per_member(name: str, value, n_members: int) -> tuple:
@@ -367,10 +373,7 @@ def count_fires(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
 
 
 def monitor_score(activity: Tensor, target: float = 0.0625) -> Tensor:
-    """The reference system's score of each member [M]: mean of (|activity - target| / target)³.
-
-    activity [M, d_sae] is the share of a batch for which a feature fires.
-    """
+    """The reference system's score [M]: mean of (|a - target| / target)³, features firing for a share a of a batch."""
     return ((activity - target).abs() / target).pow(3).mean(-1)
 
 
@@ -429,7 +432,7 @@ class Recipe:
         for field, kind, low, high in (
             ("n_members", int, 1, many), ("d_sae", int, 1, many), ("k", int, 1, self.d_sae), ("epochs", int, 1, many),
             ("batch_size", int, 1, many), ("consistency_warmup", int, 0, many), ("match_every", int, 1, many),
-            ("seed", int, 0, 2**32 - 1), ("learning_rate", float, 1e-12, 1e30), ("decay", float, 0, 1),
+            ("seed", int, 0, 2**32 - 1), ("learning_rate", float, 1e-12, 1e12), ("decay", float, 0, 1),
             ("consistency_weight", float, 0, 1e30), ("selection_floor", float, 0, 1),
         ):  # fmt: skip
             given = getattr(self, field)
@@ -459,14 +462,13 @@ RECIPES = {
 class Trainer:
     """Trains the members of an ensemble on the same batches; holds all that training remembers.
 
-    `x` [n, d_in] are the training images, kept whole on `device`; `parts` the trained parameters as
-    each member's slices; `optimizer` an Adam with a group for each member and one for A; `order`
-    this epoch's order of the images, `generator` what draws the next; `fires` [M, d_sae] for how
-    many images each feature fired; `use` [M, d_sae] how often it was kept lately, where 1 is the
-    mean feature; `scale` [M] the mean value kept; `restarts` pairs of a step and a member that the
-    monitor restarted after it. `history` has, for every `log_every` steps and from before them, step,
-    consistency (that loss, 0 where off) and, a number for each member, learning_rate, dead_fraction,
-    rare_fraction (by `use`: kept for less than 1 in 100,000 and 1 in 1,000), mse and pearson (batch).
+    `x` [n, d_in] are the training images, kept whole on `device`; `parts` the trained parameters as each member's
+    slices; `optimizer` an Adam with a group for each member and one for A; `order` this epoch's order of the images,
+    `generator` what draws the next; `fires` [M, d_sae] for how many images each feature fired; `use` [M, d_sae] how
+    often it was kept lately, where 1 is the mean; `scale` [M] the mean value kept; `restarts` the steps and members
+    of the monitor's restarts. `history` has, for every `log_every` steps and from before them, step, consistency (that
+    loss, 0 where off) and, a number for each member, learning_rate, dead_fraction, rare_fraction (by `use`: kept for
+    less than 1 in 100,000 and 1 in 1,000), mse and pearson (batch).
     """
 
     log_every = 10
@@ -583,9 +585,9 @@ class Trainer:
     def boost(self) -> Tensor | None:
         """The selection floor: what features get on top in the choice of the k largest, [M, d_sae], or None.
 
-        The further a feature's use lies below the floor, the more: at most `lift` times the mean
-        value kept. So it fires where it fits best, and learns from that. A conscience (DeSieno 1988)
-        of those left out; mixtures of experts are balanced so too (Wang et al. 2024, arXiv 2408.15664).
+        The further a feature's use lies below the floor, the more: at most `lift` times the mean value kept. So it
+        fires where it fits best, and learns from that. A conscience (DeSieno 1988) of those left out; mixtures of
+        experts are balanced so too (Wang et al. 2024, arXiv 2408.15664).
         """
         floor = self.recipe.selection_floor
         return self.lift * self.scale[:, None].clamp_min(0) * (1 - self.use / floor).clamp_min(0) if floor else None
@@ -729,9 +731,7 @@ def stored_results(name: str) -> dict:
 
 
 def check_claims(claims: Iterable[tuple[str, float, float, float]], data: Images) -> None:
-    """Say how many claims hold, each (text, value, lowest and highest value accepted); on MNIST only, raise
-    AssertionError that names those that fail.
-    """
+    """Say how many claims (text, value, lowest and highest good one) hold; on MNIST AssertionError names the others."""
     claims = list(claims)
     failed = [f"{text}: {value:.4g}, not {a:g} to {b:g}" for text, value, a, b in claims if not a <= value <= b]
     if failed and data.is_mnist:

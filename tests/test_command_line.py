@@ -392,6 +392,7 @@ def test_closed_or_full_output_ends_nothing(letters, monkeypatch):
         ("--hidden_size 1000000000000", ["--hidden_size is 1000000000000", "from 1 to"]),
         ("--learning_rate -0.1", ["--learning_rate is -0.1", "from"]),
         ("--learning_rate nan", ["--learning_rate is nan", "from"]),
+        ("--learning_rate 1e19", ["--learning_rate is 1e+19", "to 1,000,000,000,000"]),
         ("--consistency_weight inf", ["--consistency_weight is inf", "from 0"]),
         ("--precision half", ["--precision is 'half'", "choose auto"]),
         ("--precision float16", ["--precision float16 is not for device cpu", "choose auto"]),
@@ -459,7 +460,7 @@ def test_damaged_data_is_named_in_one_line(capsys, tmp_path):
 
 @pytest.mark.parametrize("num_saes", [1, 2])
 def test_run_that_diverges_is_named_in_one_line(capsys, letters, num_saes):
-    arguments = ["--data", letters, *TINY, "--num_saes", num_saes, "--learning_rate", "1e30", "--out", "out"]
+    arguments = ["--data", letters, *TINY, "--num_saes", num_saes, "--learning_rate", "1e12", "--out", "out"]
     assert cli.main([str(argument) for argument in arguments]) == 2
     last = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]  # after the progress bar
     assert "error: " in last and "learning_rate" in last
@@ -662,7 +663,7 @@ def test_wandb_learns_of_the_interrupt_and_the_run_goes_on_there(capsys, letters
 
 
 def test_wandb_learns_of_a_divergence(letters, offline):
-    status, records = offline("--data", letters, *TINY, "--learning_rate", "1e30")
+    status, records = offline("--data", letters, *TINY, "--learning_rate", "1e12")
     assert status == records["exit"][0].exit_code == 2
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
 import http.server
+import os
 import socket
 import threading
 import time
@@ -198,9 +200,16 @@ def test_other_data_in_its_format_is_not_mnist(tmp_path):
 def test_missing_file_ends_in_one_line_where_there_is_no_network(small_mnist, name):
     raw = small_mnist / "MNIST" / "raw"
     (raw / name).unlink()
-    with one_line_error(raw, "does not give MNIST (Error downloading ", "or connect"):
+    with one_line_error(raw, f"does not give MNIST (Error downloading {name}.gz", "or connect"):
         sae.load_mnist(small_mnist)
     assert len(list(raw.iterdir())) == 3
+
+
+@pytest.mark.parametrize("packed", [FILES[:1], FILES[1:3], FILES[2:]], ids=["1", "2-3", "3-4"])
+def test_mixture_of_plain_and_gzipped_files_needs_no_network(small_mnist, monkeypatch, packed):
+    known = dict(MNIST.resources) | dict(pack(small_mnist / "MNIST" / "raw", *packed))
+    monkeypatch.setattr(MNIST, "resources", list(known.items()))
+    assert_holds_small_images(sae.load_mnist(small_mnist))
 
 
 # Roots and folders that cannot be used
@@ -229,6 +238,16 @@ def test_folder_that_cannot_be_made_is_named(reachable):
     with one_line_error(reachable / "closed", "ermission denied"):  # noqa: SIM117
         with without_permission(reachable / "closed", 0o555):
             sae.load_mnist(reachable / "closed" / "root")
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EIO])
+def test_file_system_that_takes_nothing_is_named(tmp_path, monkeypatch, number):
+    def refuse(path, *_, **__):
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+    with one_line_error(tmp_path, os.strerror(number)):
+        sae.load_mnist(tmp_path)
 
 
 # Without a network

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from conftest import one_line_error
@@ -558,7 +559,9 @@ def test_checkpoint_holds_what_is_promised_to_other_readers(saved):
         "A": (1, D_IN, D_IN),
     }
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {
+        metadata = file.metadata()
+        assert len(metadata.pop("sha256")) == 64
+        assert metadata == {
             "k": "5",
             "relu": "1",
             "d_in": "20",
@@ -591,6 +594,11 @@ CHANGES = {
     "sizes of terabytes": lambda tensors, metadata: metadata.update(d_sae="1000000000", d_in="1000000"),
     "a map of another size": lambda tensors, metadata: tensors.update(A=torch.zeros(1, D_IN, D_IN + 1)),
     "two maps for three members": lambda tensors, metadata: tensors.update(A=torch.zeros(2, D_IN, D_IN)),
+    "huge map": lambda tensors, metadata: tensors.update(A=torch.zeros(1, 0, 0)),
+    "members without weights": lambda tensors, metadata: (
+        tensors.update(W=torch.zeros(2**40, 0, 20)),
+        metadata.update(n_members=str(2**40), d_sae="0"),
+    ),
     "a k too many": lambda tensors, metadata: metadata.update(k="5,5,5,5"),
     "a k that is too large": lambda tensors, metadata: metadata.update(k="33"),
     "a k that is no number": lambda tensors, metadata: metadata.update(k="five"),
@@ -602,11 +610,32 @@ def test_checkpoint_of_another_project_is_named(saved, change):
     _, path = saved
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
+    del metadata["sha256"]  # which finds any change of what the project wrote
     tensors = load_file(path)
     CHANGES[change](tensors, metadata)
     save_file(tensors, path, metadata)
     with one_line_error(path, "is no checkpoint", "train one, or give another"):
         sae.TopKSAE.load(path)
+
+
+def test_changed_weight_is_found(saved):
+    _, path = saved
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with one_line_error(path, "its checksum is wrong"):
+        sae.TopKSAE.load(path)
+
+
+@pytest.mark.parametrize("k, same", [(np.int64(5), 5), (torch.tensor(5), 5), (5.0, 5)])
+def test_k_may_be_a_number_of_another_library(tmp_path, k, same):
+    model = sae.TopKSAE(D_IN, D_SAE, k)
+    assert type(model.k) is int and model.k == same and model(torch.rand(B, D_IN)).shape == (1, B, D_IN)
+
+
+def test_k_that_is_no_whole_number_is_refused():
+    with one_line_error("k = 2.5"):
+        sae.TopKSAE(D_IN, D_SAE, 2.5)
 
 
 # Writing files

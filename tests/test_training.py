@@ -238,11 +238,20 @@ def test_members_are_aligned_as_often_as_the_recipe_says():
     assert aligned_at == [0, 5, 10]
 
 
-@pytest.mark.parametrize("rate, changes", [(1e18, {}), (1e30, ALL)], ids=["plain", "all"])
-def test_training_that_diverges_is_named(rate, changes):
+@pytest.mark.parametrize("members", [1, 3])
+def test_training_that_diverges_is_named(members):
     # Features that are no numbers cannot be matched, and their quality is no JSON.
-    with one_line_error("learning_rate", rate):
-        trainer(**changes | {"learning_rate": rate, "consistency_weight": 0.1}).run(progress=False)
+    diverging = trainer(**ALL | {"learning_rate": 1e12, "consistency_weight": 0.1, "n_members": members})
+    with one_line_error("no longer a number", "learning_rate", 1e12):
+        diverging.run(progress=False)
+
+
+def test_learning_rate_at_which_weights_overflow_unseen_is_refused():
+    # Rows whose length is infinite decode to the mean image, which is a number.
+    with one_line_error("learning_rate is 1e+19"):
+        trainer(learning_rate=1e19)
+    with torch.no_grad():
+        assert trainer(learning_rate=1e12).run(progress=False).model.W.norm(dim=-1).isfinite().all()
 
 
 # Members and seeds
