@@ -84,9 +84,9 @@ NUMBERS = [
     ("09_downstream_classification", "the interval of all five holds both",
      lambda: probe("test", "five members", "high"), 0.0135, 0.02),
     # reference_system, a page
-    ("reference_system", "the trained system has 0.0049",
+    ("reference_system", "the trained system has $0.0049$",
      lambda: of("dead_features", "final", "reference, one member", "mse"), 0.00485, 0.00495),
-    ("reference_system", "from 0.48 to 0.973",
+    ("reference_system", "from $0.48$ to $0.973$",
      lambda: of("dead_features", "final", "reference, one member", "pearson"), 0.9725, 0.974),
     ("reference_system", "a third of the features die",
      lambda: of("dead_features", "final", "reference, one member", "dead_fraction"), 0.3, 0.37),
