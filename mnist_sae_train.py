@@ -378,10 +378,10 @@ class Run:
 
     def train(self) -> None:
         trainer, done = self.trainer, self.trainer.step // self.trainer.steps_per_epoch
-        if self.saved_step is None:
-            self.write_state()
-        self.began, self.next_state = time.perf_counter(), time.monotonic() + STATE_SECONDS
         with self.noted_signals():
+            if self.saved_step is None:
+                self.write_state()
+            self.began, self.next_state = time.perf_counter(), time.monotonic() + STATE_SECONDS
             # The run may have ended after an epoch's last step, or while its results were written.
             if len(self.epochs) < done or trainer.step == trainer.total_steps:
                 del self.epochs[done - 1 :]
@@ -552,10 +552,11 @@ class Follower(Run):
 @contextlib.contextmanager
 def process_group(args):
     """The processes that torchrun has started join; yields this one's device. When one dies torchrun begins again."""
-    device, (_, local, size) = pick_device(args.device), processes()
+    device, (rank, local, size) = pick_device(args.device), processes()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
     if size > 1 and args.out is None:
         raise sae.SAEError("several processes need --out DIR: where a group that torchrun starts again finds its state")
-    if args.out and int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0):
+    if args.out and attempt != "0":
         out = user_path("--out", args.out)
         args.resume = os.path.lexists(out / STATE) or os.path.lexists(out / LOCK)
     if size > 1:
@@ -565,7 +566,11 @@ def process_group(args):
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            store = dist.PrefixStore(
+                attempt, next(dist.rendezvous("env://"))[0]
+            )  # else addresses of the dead are found
+            kind = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(kind, store=store, rank=rank, world_size=size)
         except (ValueError, RuntimeError) as error:
             raise sae.SAEError(f"{size} processes cannot join ({first_line(error)}): start them by torchrun") from error
     yield device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -165,6 +166,8 @@ def step_of(out):
 def test_signal_to_one_stops_all_in_the_same_step(letters, rank, number, status):
     processes = group("--data", letters, *ENDLESS, "--out", "out", state_seconds=0)
     wait_for(Path("out", cli.STATE), processes[rank])
+    while step_of(Path("out")) == 0:  # both have begun
+        assert processes[rank].alive()
     processes[rank].send(number)
     assert statuses(processes) == [status, status], [process.printed() for process in processes]
     last = processes[0].printed().splitlines()[-1]
@@ -193,15 +196,16 @@ def test_group_goes_on_as_one_process_and_the_other_way_round(letters, whole):
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def worker(torchrun, rank, after):
-    """The process id of a rank, started after those in `after`."""
+def worker(torchrun, rank, attempt):
+    """The process id of a rank, when torchrun has started the group for the nth time."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
         for child in map(int, children):
-            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            if child not in after and b"RANK=%d" % rank in environment:
-                return child
+            with contextlib.suppress(OSError):  # it has ended
+                environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                if {b"RANK=%d" % rank, b"TORCHELASTIC_RESTART_COUNT=%d" % attempt} <= set(environment):
+                    return child
         time.sleep(0.05)
     raise AssertionError(f"there is no process {rank}")
 
@@ -220,14 +224,14 @@ def test_torchrun_starts_a_group_again_and_it_goes_on(letters):
     whole = start("whole")
     errors = whole.communicate(timeout=SECONDS)[1].decode()
     assert whole.returncode == 0, errors
-    killed, torchrun, step = [], start("out"), 0
-    for rank in (1, 0):
-        killed.append(worker(torchrun, rank, killed))
-        while not Path("out", cli.STATE).exists() or step_of(Path("out")) <= step:
+    torchrun, step = start("out"), 0
+    for attempt, rank in enumerate((1, 0)):
+        doomed = worker(torchrun, rank, attempt)
+        while not Path("out", cli.STATE).exists() or step_of(Path("out")) <= step + 4:
             assert torchrun.poll() is None, torchrun.stderr.read().decode()
             time.sleep(0.01)
         step = step_of(Path("out"))
-        os.kill(killed[-1], signal.SIGKILL)
+        os.kill(doomed, signal.SIGKILL)
     errors = torchrun.communicate(timeout=SECONDS)[1].decode()
     assert torchrun.returncode == 0, errors
     assert_as_if_never_stopped(Path("out"), Path("whole"))
