@@ -3,7 +3,7 @@
     python benchmarks/sparsity.py [part ...]
 
 Without a name all parts run, one after the other, about twenty minutes on one CPU core.
-`k_5` … `k_200` are the frontier: one model for each k and each of WIDTHS, every model with an
+`k_10` … `k_200` are the frontier: one model for each k and each of WIDTHS, every model with an
 encoder map of its own, so in a Trainer of its own. Their bound, in the same parts, is
 orthogonal matching pursuit (OMP) on a sample. The others are the setting of Costa et al.
 (2025): 1,000 features, k = 10, trained on images 0 to 49,999, validated on 50,000 to 59,999,
@@ -24,7 +24,7 @@ from sklearn.linear_model import orthogonal_mp_gram
 
 import sae_helpers as sae
 
-KS = (5, 10, 25, 50, 100, 200)
+KS = (10, 25, 50, 100, 200)
 WIDTHS = (256, 1024, 4096)
 IMPROVED = replace(sae.RECIPES["improved"], n_members=1)
 RIDGE = 1e-5  # in least squares, for a feature that was chosen twice
