@@ -496,7 +496,7 @@ def test_precision_may_be_changed_for_another_device(capsys, letters, interrupte
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("there, back", [("cuda", "cpu"), ("cpu", "cuda")])
 def test_state_goes_to_another_device_and_trains_as_well(letters, monkeypatch, there, back, whole):
-    monkeypatch.setitem(MANY, MANY.index("--device") + 1, there)
+    monkeypatch.setitem(globals(), "MANY", [there if argument == "cpu" else argument for argument in MANY])
     assert stopped(monkeypatch, letters, "out", 11) == 130
     run("--data", letters, "--resume", "--out", "out", "--device", back)
     losses = [np.mean(strict_json(out / "metrics.json")["final"]["test"]["mse"]) for out in (Path("out"), whole)]
