@@ -24,7 +24,7 @@ import mnist_sae_train as cli
 import sae_helpers as sae
 
 N, D_IN, STEPS = 100, 20, 16  # in batches of 32 each fourth is smaller
-# Learning rates are few powers of two, and so is their mean: the same in a tensor, which holds float32, and in a number of Python's.
+# Learning rates, and their mean, are the same in a tensor, which holds float32, and in a number of Python's.
 PLAIN = sae.Recipe(
     "small", encoder_map=False, row_moments=False, selection_floor=0, learning_rate=2**-8, decay=0.5, d_sae=32, k=5,
     n_members=3, epochs=4, batch_size=32, consistency_weight=0.1, consistency_warmup=5, match_every=5,
