@@ -89,6 +89,20 @@ def test_several_processes_train_what_one_does(letters, size):
             assert all(torch.equal(other[name], found[0][name]) for other in found), f"{case}: {name}"
 
 
+def test_group_of_one_trains_bit_for_bit_what_a_process_alone_does(letters):
+    data = cli.load_idx(letters)
+    dist.init_process_group("gloo", f"file://{Path('meeting').absolute()}", rank=0, world_size=1)
+    try:
+        trainers = [trainer_of("improved", data, kind) for kind in (cli.ParallelTrainer, cli.FileTrainer)]
+        for trainer in trainers:
+            trainer.run(progress=False)
+        assert [trainer.agreed(15) for trainer in trainers] == [15, 15]  # after an epoch
+    finally:
+        dist.destroy_process_group()
+    tensors = [trainer.tensors() for trainer in trainers]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[1])
+
+
 # What they write and print
 
 
