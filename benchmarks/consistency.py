@@ -114,9 +114,9 @@ class ReLUWithL1(sae.Trainer):
 
 
 class ReLUWithL1AsExact(ReLUWithL1):
-    """With more features for an image, so that the error is about that of top-k."""
+    """With as many features for an image as bring the error near that of top-k."""
 
-    l0 = 100
+    l0 = 75
 
 
 class WeightDecay(sae.Trainer):
@@ -140,6 +140,7 @@ def kinds(data):
     for label, recipe, trainer in (
         ("top-k", plain, sae.Trainer),
         ("top-k without negative codes", replace(plain, relu=True), sae.Trainer),
+        ("top-k with half as many", replace(plain, k=25), sae.Trainer),
         ("ReLU and L1, as sparse", all_kept, ReLUWithL1),
         ("ReLU and L1, as exact", all_kept, ReLUWithL1AsExact),
         ("top-k with weight decay", plain, WeightDecay),
@@ -160,6 +161,7 @@ def kinds(data):
             "between": [c.mean().item() for c in pairs],
             "pairs_above_0.7": torch.cat(pairs).gt(0.7).double().mean().item(),
             "between_not_rare": [float(c.mean()) for c in of_often],
+            "pairs_above_0.7_not_rare": float(np.mean(np.concatenate(of_often) > 0.7)),
             "between_turned": turned,
             "l1_weight": [getattr(run, "penalty", None) for run in runs],
         }
