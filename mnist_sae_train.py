@@ -333,6 +333,8 @@ def train(args) -> None:
             from_the_first(None)
         with run_folder(args) if leads() else contextlib.nullcontext() as out, options_as_typed():
             state = from_the_first(read_state(out) if leads() and args.resume else None)
+            if state and args.again and state["parent"] != os.getppid():
+                raise sae.SAEError(f"{out} already holds another run: go on with --resume, or choose another --out")
             recipe = resumed_recipe(args, state["recipe"]) if state else recipe
             require_memory(recipe, data, device)
             kind = ParallelTrainer if processes()[2] > 1 else FileTrainer
@@ -463,7 +465,7 @@ class Run:
         described = {
             "recipe": asdict(trainer.recipe), "data": self.fingerprint, "step": trainer.step,
             "restarts": trainer.restarts, "scaler": trainer.scaler.state_dict(), "epochs": self.epochs,
-            "seconds": self.seconds, "wandb_id": self.wandb_id,
+            "seconds": self.seconds, "wandb_id": self.wandb_id, "parent": os.getppid(),  # torchrun, perhaps
         }  # fmt: skip
         tensors, text = trainer.tensors(), json.dumps(described, allow_nan=False)
         write_durably(self.out / STATE, save(tensors, {"state": text, "sha256": checksum(text, tensors)}))
@@ -556,7 +558,8 @@ def process_group(args):
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
     if size > 1 and args.out is None:
         raise sae.SAEError("several processes need --out DIR: where a group that torchrun starts again finds its state")
-    if args.out and attempt != "0":
+    args.again = bool(args.out) and attempt != "0" and not args.resume
+    if args.again:
         out = user_path("--out", args.out)
         args.resume = os.path.lexists(out / STATE) or os.path.lexists(out / LOCK)
     if size > 1:
@@ -566,9 +569,8 @@ def process_group(args):
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         try:
-            store = dist.PrefixStore(
-                attempt, next(dist.rendezvous("env://"))[0]
-            )  # else addresses of the dead are found
+            # Some versions of torchrun keep what the last group has told each other, such as the addresses of its dead.
+            store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
             kind = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(kind, store=store, rank=rank, world_size=size)
         except (ValueError, RuntimeError) as error:
@@ -895,7 +897,12 @@ def read_state(out: Path) -> dict | None:
         M, same = recipe.n_members, list(tensors["model.W"].shape[:2]) == [recipe.n_members, recipe.d_sae]
         flags = [getattr(recipe, field.name) for field in fields(recipe) if field.type == "bool"]
         require(same, all(type(flag) is bool for flag in flags), recipe.name in sae.RECIPES)
-        require(type(state["step"]) is int, state["step"] >= 0, finite(state["seconds"], *state["scaler"].values()))
+        require(
+            type(state["step"]) is int,
+            state["step"] >= 0,
+            finite(state["seconds"], *state["scaler"].values()),
+            type(state["parent"]) is int,
+        )
         require(all(type(step) is type(m) is int for step, m in state["restarts"]))
         require(re.fullmatch("[0-9a-z]{1,64}", state["wandb_id"]), list(map(type, state["data"])) == [str, str])
         for entry in state["epochs"]:

@@ -20,7 +20,7 @@ from conftest import PROJECT, write_small
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_command_line import RESULTS, SECONDS, TINY, Process, assert_one_line, assert_refused, run, strict_json
-from test_runs import ENDLESS, assert_as_if_never_stopped, wait_for
+from test_runs import ENDLESS, assert_as_if_never_stopped, stopped, wait_for
 
 import mnist_sae_train as cli
 import sae_helpers as sae
@@ -208,6 +208,18 @@ def test_group_goes_on_as_one_process_and_the_other_way_round(letters, whole):
     assert {path.name for path in Path("out").iterdir()} == RESULTS
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_restart_goes_on_with_its_own_run_and_no_other(letters, monkeypatch, capsys):
+    one = Process(["--data", letters, *MANY, "--out", "other"], state_seconds=0, kill_at=("replace", 12))
+    assert one.wait() == -signal.SIGKILL
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # and no --resume
+        assert_refused(capsys, ["--data", letters, *MANY, "--out", "other"], "other already holds another run")
+        assert stopped(monkeypatch, letters, "own", 11) == 130
+        run("--data", letters, *MANY, "--out", "own")
+    assert {path.name for path in Path("own").iterdir()} == RESULTS
+    run("--data", letters, "--resume", "--out", "other")
 
 
 def worker(torchrun, rank, attempt):
