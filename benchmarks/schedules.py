@@ -1,10 +1,9 @@
-"""Does the learning-rate schedule matter? Five shapes and two batch sizes, each at its own best rate.
+"""Does the learning-rate schedule matter? Five shapes, each at its own best rate.
 
-    python benchmarks/schedules.py [constant] [linear] [late_linear] [late_root] [cosine] [batch_512]
+    python benchmarks/schedules.py [constant] [linear] [late_linear] [late_root] [cosine]
 
 Without a name all parts run, about ten minutes on one CPU core. One member of the `improved`
-recipe, three epochs on training images 0 to 49,999. A part is a shape, with batches of 128
-images, or a batch size, with the recipe's shape. Seed 0 chooses the rate, by the MSE on
+recipe, three epochs on training images 0 to 49,999. Seed 0 chooses the rate, by the MSE on
 training images 50,000 to 59,999; the best one then runs with seeds 1 and 2 too, and its quality
 is that on the test images. Runs with the same seed have the same start and the same batches.
 Each part prints a line for each run and replaces its part of benchmarks/results/schedules.json;
@@ -67,24 +66,22 @@ def train(data, shape, **settings):
     return row
 
 
-def tuned(shape, batch_size, data):
+def tuned(shape, data):
     """What seed 0 gave at every rate, the best rate, and all seeds with it."""
-    grid, centre = {}, math.sqrt(batch_size / IMPROVED.batch_size)
-    todo = [float(f"{centre * rate:.2g}") for rate in RATES]
+    grid, todo = {}, [float(f"{rate:.2g}") for rate in RATES]
     while todo:
         for rate in todo:
-            grid[rate] = train(data, shape, batch_size=batch_size, learning_rate=rate, seed=SEEDS[0])
+            grid[rate] = train(data, shape, learning_rate=rate, seed=SEEDS[0])
         tried, best = sorted(grid), min(grid, key=lambda rate: grid[rate]["mse_chosen_by"])
         beyond = {tried[0]: best / 2, tried[-1]: best * 2}
         todo = [float(f"{beyond[best]:.2g}")] if best in beyond else []
-    others = [train(data, shape, batch_size=batch_size, learning_rate=best, seed=seed) for seed in SEEDS[1:]]
+    others = [train(data, shape, learning_rate=best, seed=seed) for seed in SEEDS[1:]]
     seeds, rates = [grid[best], *others], [grid[rate] for rate in tried]
     return {"epochs": IMPROVED.epochs, "learning_rate": best, "seeds": seeds, "rates": rates}
 
 
 SHAPES = (constant, linear, late_linear, late_root, cosine)
-PARTS = {shape.__name__: partial(tuned, shape, IMPROVED.batch_size) for shape in SHAPES}
-PARTS["batch_512"] = partial(tuned, late_linear, 512)
+PARTS = {shape.__name__: partial(tuned, shape) for shape in SHAPES}
 
 if __name__ == "__main__":
     main("schedules", PARTS, sys.argv[1:])

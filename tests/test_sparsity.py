@@ -194,11 +194,11 @@ def test_the_recipe_has_the_late_linear_shape():
 def test_the_best_rate_lies_inside_the_grid(monkeypatch):
     """The grid goes on where its end is best, and only seed 0 chooses."""
 
-    def train(data, shape, batch_size, learning_rate, seed):
+    def train(data, shape, learning_rate, seed):
         return {"learning_rate": learning_rate, "seed": seed, "mse_chosen_by": abs(learning_rate - 0.013)}
 
     monkeypatch.setattr(schedules, "train", train)
-    found = schedules.tuned(schedules.constant, 128, None)
+    found = schedules.tuned(schedules.constant, None)
     assert [row["learning_rate"] for row in found["rates"]] == [0.0015, 0.003, 0.006, 0.012, 0.024]
     assert found["learning_rate"] == 0.012
     assert [(row["seed"], row["learning_rate"]) for row in found["seeds"]] == [(0, 0.012), (1, 0.012), (2, 0.012)]

@@ -37,8 +37,77 @@ def few(label, n):
     return mean(probe("few", "labels", label)[n])
 
 
+def frontier(k, width, column="mse"):
+    """A model of the frontier, by its place among 256, 1,024 and 4,096 features."""
+    return sae.stored_results("sparsity")[f"k_{k}"]["results"]["rows"][width][column]
+
+
+def gap(k, width):
+    """The one-shot error over that of OMP."""
+    return frontier(k, width, "sample")["mse"] / frontier(k, width, "omp")["mse"]
+
+
+def rung(part, label, column="mse"):
+    return sae.stored_results("sparsity")[part]["results"][label][column]
+
+
+def schedule(shape):
+    """Mean test error over the seeds, over that of the recipe's schedule."""
+    errors = [mean(run["mse"] for run in sae.stored_results("schedules")[part]["results"]["seeds"])
+              for part in (shape, "late_linear")]  # fmt: skip
+    return errors[0] / errors[1]
+
+
+KS = (10, 25, 50, 100, 200)
+TIED, MAP = ("rates", "no map, 10 epochs, rate 0.003"), ("rates", "improved, 10 epochs, rate 0.006")
+
 # notebook, words of its prose, what the stored file says, lowest and highest value for which they are true
 NUMBERS = [
+    # 07_sparsity
+    ("07_sparsity", "by a fifth at $k = 50$", lambda: frontier(50, 1) / frontier(50, 0), 0.77, 0.83),
+    ("07_sparsity", "by two thirds at $k = 200$", lambda: frontier(200, 1) / frontier(200, 0), 0.28, 0.38),
+    ("07_sparsity", "With $4096$ it falls no further", lambda: min(frontier(k, 2) / frontier(k, 1) for k in KS),
+     0.995, 1.2),
+    ("07_sparsity", "hardly a feature is dead", lambda: max(frontier(k, 2, "dead_fraction") for k in (50, 200)),
+     0, 0.005),
+    # 08_encoders
+    ("08_encoders", "four thousand features rebuilt images no better than one thousand",
+     lambda: min(frontier(k, 2) / frontier(k, 1) for k in KS), 0.995, 1.2),
+    ("08_encoders", "In every dictionary OMP does better",
+     lambda: min(gap(k, w) for k in KS for w in range(3)), 1.05, 2),
+    ("08_encoders", "the more so the wider it is",
+     lambda: min(gap(k, w + 1) / gap(k, w) for k in KS for w in range(2)), 1.02, 2),
+    ("08_encoders", "at $k = 50$: $1.1$, $1.5$ and $1.9$ times", lambda: gap(50, 0), 1.05, 1.15),
+    ("08_encoders", "at $k = 50$: $1.1$, $1.5$ and $1.9$ times", lambda: gap(50, 1), 1.45, 1.55),
+    ("08_encoders", "at $k = 50$: $1.1$, $1.5$ and $1.9$ times", lambda: gap(50, 2), 1.85, 1.95),
+    ("08_encoders", "$7$ % with the map", lambda: rung(*MAP) / rung(*TIED), 0.925, 0.935),
+    ("08_encoders", "about as much with rows of its own",
+     lambda: rung("untied", "untied, 10 epochs") / rung(*TIED), 0.91, 0.95),
+    ("08_encoders", "Two refinements do no better",
+     lambda: rung("refinement", "two refinements, 10 epochs") / rung(*MAP), 0.995, 1.02),
+    ("08_encoders", "the pursuit has three quarters of the map's error",
+     lambda: rung("pursuit", "pursuit, 10 epochs") / rung(*MAP), 0.73, 0.79),
+    ("08_encoders", "both come close to OMP",
+     lambda: rung("pursuit", "pursuit, 10 epochs") / rung("pursuit", "pursuit, 10 epochs", "mse_omp"), 1, 1.1),
+    ("08_encoders", "Twice the epochs bring the map to $0.0126$",
+     lambda: mean(rung(f"one_shot_{seed}", f"improved, 20 epochs, seed {seed}") for seed in (0, 1)), 0.01255, 0.01265),
+    ("08_encoders", "and $0.0110$ on training images",
+     lambda: mean(rung(f"one_shot_{seed}", f"improved, 20 epochs, seed {seed}", "mse_train") for seed in (0, 1)),
+     0.01095, 0.01105),
+    ("08_encoders", "encoder map: $0.0129$ | tied: $0.0139$", lambda: rung(*MAP), 0.01285, 0.01295),
+    ("08_encoders", "encoder map: $0.0129$ | tied: $0.0139$", lambda: rung(*TIED), 0.01385, 0.01395),
+    ("08_encoders", "$0.0099$; values fitted, $0.0095$",
+     lambda: rung("pursuit", "pursuit, 10 epochs"), 0.00985, 0.00995),
+    ("08_encoders", "$0.0099$; values fitted, $0.0095$",
+     lambda: rung("pursuit", "pursuit, values fitted, 10 epochs"), 0.00945, 0.00955),
+    ("08_encoders", "tied: $0.0139$; OMP: $0.0092$", lambda: rung("pursuit", "pursuit, 10 epochs", "mse_omp"),
+     0.00915, 0.00925),
+    # A3_schedules
+    ("A3_schedules", "A constant rate costs a seventh of the error", lambda: schedule("constant"), 1.12, 1.17),
+    ("A3_schedules", "the two ways of falling differ by less than two seeds do",
+     lambda: abs(schedule("late_root") - 1), 0, 0.01),
+    ("A3_schedules", "linear from the start $4$ %, cosine $8$ % more error", lambda: schedule("linear"), 1.035, 1.045),
+    ("A3_schedules", "linear from the start $4$ %, cosine $8$ % more error", lambda: schedule("cosine"), 1.075, 1.09),
     # 09_downstream_classification
     ("09_downstream_classification", "with three times as many features it makes a fifth fewer mistakes",
      lambda: probe("encoding", "by value, 75 kept") / probe("encoding", "by value, 25 kept: its own code"), 0.75, 0.83),
