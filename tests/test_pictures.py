@@ -20,8 +20,8 @@ import sae_helpers as sae
 def tiles(figure, shape, columns, label=False):
     """The images of a grid in reading order; between them lies nothing (nan)."""
     canvas = np.ma.filled(figure.axes[0].images[0].get_array(), np.nan)
-    step_y, step_x = shape[0] + 2 + 9 * label, shape[1] + 2
-    rows = range(9 * label, canvas.shape[0], step_y)
+    step_y, step_x = shape[0] + 2 + 10 * label, shape[1] + 2
+    rows = range(10 * label, canvas.shape[0], step_y)
     cut = [canvas[y : y + shape[0], x * step_x : x * step_x + shape[1]] for y in rows for x in range(columns)]
     cut = [tile for tile in cut if tile.size and not np.isnan(tile).any()]
     assert sum(tile.size for tile in cut) == (~np.isnan(canvas)).sum()
