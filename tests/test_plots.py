@@ -143,7 +143,7 @@ def test_few_test_images_are_each_shown_once(trained, digits, n):
     originals = {tuple(image) for image in data.test.numpy()}
     assert len(images) == 2 * n and set(images[:n]) == originals and not set(images[n:]) & originals
     canvas = figure.axes[0].images[0].get_array()
-    assert canvas.shape[0] == 2 * (28 + 2 + 9) - 2  # the originals in one row, the reconstructions in the next
+    assert canvas.shape[0] == 2 * (28 + 2 + 10) - 2  # the originals in one row, the reconstructions in the next
     assert f"all {n} test images" in text(figure)
 
 
