@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -32,6 +33,8 @@ REAL_MNIST = Path(os.environ.get("MNIST_ROOT") or PROJECT / "data").expanduser()
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a full training on the real MNIST, or a notebook in a browser: minutes")
+    # Begun in the background (a shell's &), Python ignores ^C, which some tests send.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def idx(array: np.ndarray) -> bytes:
