@@ -82,6 +82,11 @@ def of_precision(name, column):
     return float(np.mean(sae.stored_results("training_cpu")["precision"]["results"]["five_epochs"][name][column]))
 
 
+def dead_share(label, column="dead_fraction"):
+    """What a remedy left, upon the reference recipe."""
+    return of("dead_features", "resampling", label, column)
+
+
 # notebook, words of its prose, what the stored file says, lowest and highest value for which they are true
 NUMBERS = [
     # 03_amp_ensemble_training
@@ -222,6 +227,34 @@ NUMBERS = [
     ("reference_system", "between two ensembles with different seeds the loss adds next to nothing",
      lambda: sae.stored_results("consistency")["weights"]["results"]["0.01"]["between"]
      - sae.stored_results("consistency")["weights"]["results"]["0.0"]["between"], -0.03, 0.03),
+    # 04_reinit_analysis
+    ("04_reinit_analysis", "With moments at 0 a restart might as well not have been.",
+     lambda: dead_share("dead features, moments at 0") / dead_share("none"), 0.9, 1.15),
+    ("04_reinit_analysis", "With the moments of the others",
+     lambda: dead_share("dead features, moments of the others") / dead_share("none"), 0.6, 0.85),
+    ("04_reinit_analysis", "a rate warmed up again",
+     lambda: dead_share("dead features, moments at 0, rate warmed up again") / dead_share("none"), 0.4, 0.8),
+    ("04_reinit_analysis", "or AuxK, dead features come back",
+     lambda: dead_share("AuxK") / dead_share("none"), 0.3, 0.7),
+    ("04_reinit_analysis", "but most rare ones stay rare",
+     lambda: min(dead_share(label, "rare_fraction") for label in (
+         "dead features, moments of the others", "dead features, moments at 0, rate warmed up again", "AuxK"))
+     / dead_share("none", "rare_fraction"), 0.75, 1),
+    ("04_reinit_analysis", "At images it does harm",
+     lambda: dead_share("dead features, moments at 0, at images as Bricken et al. choose them", "pearson")
+     - dead_share("none", "pearson"), -0.05, -0.01),
+    ("04_reinit_analysis", "A restart of *rare* features halves them",
+     lambda: dead_share("rare features, moments of the others", "rare_fraction")
+     / dead_share("none", "rare_fraction"), 0.4, 0.6),
+    ("04_reinit_analysis", "and costs correlation",
+     lambda: dead_share("rare features, moments of the others", "pearson") - dead_share("none", "pearson"),
+     -0.004, -0.001),
+    ("04_reinit_analysis", "the floor, our next subject, leaves hardly any",
+     lambda: dead_share("selection floor 0.2", "rare_fraction"), 0, 0.03),
+    ("04_reinit_analysis", "Subtracting the mean image brings nearly all features back, alone.",
+     lambda: of("dead_features", "log", "+ mean image as decoder bias", "rare_fraction"), 0, 0.02),
+    ("04_reinit_analysis", "the floor takes that back",
+     lambda: of("dead_features", "log", "+ learning rate 0.003 = improved", "rare_fraction"), 0, 0.002),
 ]  # fmt: skip
 
 
