@@ -1194,7 +1194,7 @@ def predict_initial_mse(energy: float, d_in: int, d_sae: int, k: int) -> float:
     The k largest of them carry the share  q = t + τ φ(τ)  of their energy, with t = k / d_sae
     and τ the value that a standard Gaussian exceeds with probability t. The image comes back
     too faint, as q / c of itself (c: length of a row), with noise of energy q (1 - q) ‖x‖²;
-    notebook 02 derives this. With d_sae ≤ d_in rows are orthonormal and there is no noise.
+    appendix A1 derives this. With d_sae ≤ d_in rows are orthonormal and there is no noise.
     """
     from scipy.stats import norm
 
