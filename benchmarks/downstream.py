@@ -1,9 +1,9 @@
 """How good are sparse codes as features? Linear classifiers on them.
 
-    python benchmarks/downstream.py [training] [encoding] [choice] [maps] [few_choice] [test] [few]
+    python benchmarks/downstream.py [training] [encoding] [choice] [few_choice] [test] [few]
 
 Without a name all parts run, one after the other (under half an hour on one CPU core). The
-first five choose: autoencoders are trained, and classifiers fitted, on training images 0 to
+first four choose: autoencoders are trained, and classifiers fitted, on training images 0 to
 49,999, and compared on 50,000 to 59,999. The last two, `test` and `few`, change nothing any
 more: they train on all training images with what `choice` and `few_choice` found, and they
 alone look at the test images. Each part prints a line for each result and replaces its part of
@@ -220,21 +220,6 @@ def choice(data):
     return rows
 
 
-def maps(data):
-    """Five members side by side: with one encoder map for all, without one, and with one each, trained apart."""
-    apart = [trained(data, replace(PLAIN, k=K, seed=seed)) for seed in range(5)]
-    every, rows, base = list(range(5)), {}, None
-    for name, features in (
-        ("one map for all", lambda: codes(trained(data, FIVE), data.train, every)),
-        ("no map", lambda: codes(trained(data, replace(FIVE, encoder_map=False)), data.train, every)),
-        ("a map each", lambda: torch.cat([codes(model, data.train, [0]) for model in apart], 1)),
-    ):
-        read, strength = held_out(data, features())
-        rows[name] = row(data, name, [read], base, strength=strength)
-        base = base or [read]
-    return rows
-
-
 def stored(part):
     """What an earlier part found."""
     return json.loads((RESULTS / "downstream.json").read_text())[part]["results"]["rows"]
@@ -362,7 +347,7 @@ def with_version(part):
     return lambda data: {"scikit_learn": sklearn.__version__, "rows": part(data)}
 
 
-PARTS = {part.__name__: with_version(part) for part in (training, encoding, choice, maps, few_choice, test, few)}
+PARTS = {part.__name__: with_version(part) for part in (training, encoding, choice, few_choice, test, few)}
 
 if __name__ == "__main__":
     main("downstream", PARTS, sys.argv[1:])
