@@ -78,6 +78,12 @@ def fastest(name, part="ensemble"):
     return min(sae.stored_results("training_cpu")[part]["results"][name])
 
 
+def memory(name):
+    """MiB at the peak, above that of libraries and images."""
+    found = sae.stored_results("training_cpu")["memory"]["results"]
+    return found[name] - found["libraries and images"]
+
+
 def of_precision(name, column):
     return float(np.mean(sae.stored_results("training_cpu")["precision"]["results"]["five_epochs"][name][column]))
 
@@ -85,6 +91,18 @@ def of_precision(name, column):
 def dead_share(label, column="dead_fraction"):
     """What a remedy left, upon the reference recipe."""
     return of("dead_features", "resampling", label, column)
+
+
+def law():
+    """Settings at which the selection floor was tried."""
+    return [label for label in sae.stored_results("dead_features")["law"]["results"] if "without" not in label]
+
+
+def falls(column):
+    """What a consistency weight that falls at the end changes."""
+    return of("dead_features", "ensemble", "consistency weight falls at the end", column) - of(
+        "dead_features", "ensemble", "improved", column
+    )
 
 
 # notebook, words of its prose, what the stored file says, lowest and highest value for which they are true
@@ -95,10 +113,41 @@ NUMBERS = [
     ("03_amp_ensemble_training", "30 % less error than the best of them",
      lambda: won_by_averaging("0.0"), 0.295, 0.305),
     ("03_amp_ensemble_training", "with it 6 %", lambda: won_by_averaging("0.01"), 0.055, 0.065),
-    ("03_amp_ensemble_training", "with 256 of them the agreement was 0.54",
+    ("03_amp_ensemble_training", "a quarter as many agree better (0.54)",
      lambda: seeds("widths", "256 features", "between"), 0.535, 0.545),
-    ("03_amp_ensemble_training", "with 2,048 it was 0.41",
+    ("03_amp_ensemble_training", "twice as many worse (0.41)",
      lambda: seeds("widths", "2,048 features", "between"), 0.405, 0.415),
+    ("03_amp_ensemble_training", "A start from training images agrees more *before* training than after",
+     lambda: seeds("reproducibility", "start from training images", "between_at_start")
+     - seeds("reproducibility", "start from training images", "between"), 0.1, 0.5),
+    ("03_amp_ensemble_training", "more than twice as many pairs are close",
+     lambda: seeds("kinds", "ReLU and L1", "pairs_above_0.7") / seeds("kinds", "top-k", "pairs_above_0.7"), 2, 3),
+    ("03_amp_ensemble_training", "L1 agrees more than top-k at the same sparsity",
+     lambda: min(sae.stored_results("consistency")["kinds"]["results"]["ReLU and L1"]["between"])
+     - max(sae.stored_results("consistency")["kinds"]["results"]["top-k"]["between"]), 0.02, 0.2),
+    ("03_amp_ensemble_training", "at the same sparsity", lambda: seeds("kinds", "ReLU and L1", "l0"), 47, 53),
+    ("03_amp_ensemble_training", "But it rebuilds worse",
+     lambda: seeds("kinds", "ReLU and L1", "mse") / seeds("kinds", "top-k", "mse"), 1.5, 2),
+    ("03_amp_ensemble_training", "top-k with half its features (first table, our recipe) is as inexact",
+     lambda: seeds("reproducibility", "k = 25", "mse") / seeds("kinds", "ReLU and L1", "mse"), 0.9, 1.1),
+    ("03_amp_ensemble_training", "and agrees no less",
+     lambda: seeds("reproducibility", "k = 25", "between") - seeds("kinds", "ReLU and L1", "between"), 0, 0.1),
+    ("03_amp_ensemble_training", "top-k's third of rare features",
+     lambda: seeds("kinds", "top-k", "rare_fraction"), 0.28, 0.38),
+    ("03_amp_ensemble_training", "without them the means are equal",
+     lambda: seeds("kinds", "ReLU and L1", "between_not_rare") - seeds("kinds", "top-k", "between_not_rare"),
+     -0.015, 0.015),
+    ("03_amp_ensemble_training", "silences half the features",
+     lambda: seeds("kinds", "top-k with weight decay", "dead_fraction"), 0.44, 0.56),
+    ("03_amp_ensemble_training", "the rest agree more",
+     lambda: seeds("kinds", "top-k with weight decay", "between_not_rare")
+     - seeds("kinds", "top-k", "between_not_rare"), 0.03, 0.2),
+    ("03_amp_ensemble_training", "Top-k without negative codes agrees as top-k does",
+     lambda: seeds("kinds", "top-k without negative codes", "between") - seeds("kinds", "top-k", "between"),
+     -0.01, 0.01),
+    ("03_amp_ensemble_training", "| ReLU and L1, between seeds | 0.50 |",
+     lambda: seeds("kinds", "ReLU and L1", "between"), 0.495, 0.505),
+    ("03_amp_ensemble_training", "| 0.44, top-k |", lambda: seeds("kinds", "top-k", "between"), 0.435, 0.445),
     # A2_speed_and_precision
     ("A2_speed_and_precision", "| 40 times |",
      lambda: fastest("reference loop") / fastest("ours, with the consistency loss"), 39.5, 40.5),
@@ -110,6 +159,9 @@ NUMBERS = [
     ("A2_speed_and_precision", "Five members cost somewhat less than five times one",
      lambda: (lambda turns: min(turns["5"]) / min(turns["1"]))(
          sae.stored_results("training_cpu")["growth"]["results"]["n_members"]), 4, 4.9),
+    ("A2_speed_and_precision", "ours takes some 100 MiB", lambda: memory("ours, with the consistency loss"), 85, 115),
+    ("A2_speed_and_precision", "the reference loop two and a half times that",
+     lambda: memory("reference loop") / memory("ours, with the consistency loss"), 2.3, 2.7),
     ("A2_speed_and_precision", "less than 0.001 from that of float32",
      lambda: abs(of_precision("bfloat16", "pearson") - of_precision("float32", "pearson")), 0, 0.001),
     ("A2_speed_and_precision", "on that CPU they took as long",
@@ -255,6 +307,24 @@ NUMBERS = [
      lambda: of("dead_features", "log", "+ mean image as decoder bias", "rare_fraction"), 0, 0.02),
     ("04_reinit_analysis", "the floor takes that back",
      lambda: of("dead_features", "log", "+ learning rate 0.003 = improved", "rare_fraction"), 0, 0.002),
+    ("04_reinit_analysis", "letting the weight of the consistency loss fall at the end changed next to nothing",
+     lambda: falls("pearson"), -0.0005, 0.0005),
+    # A4_monitor_and_widths
+    ("A4_monitor_and_widths", "hardly a feature is dead",
+     lambda: max(of("dead_features", "law", label, "dead_fraction") for label in law()), 0, 0.02),
+    ("A4_monitor_and_widths", "Where codes are sparsest it also rebuilds better",
+     lambda: of("dead_features", "law", "k = 10", "pearson")
+     - of("dead_features", "law", "k = 10, without the floor", "pearson"), 0.0005, 0.005),
+    ("A4_monitor_and_widths", "In the widest dictionary half of the features are rare",
+     lambda: of("dead_features", "law", "8,192 features", "rare_fraction"), 0.45, 0.65),
+    ("A4_monitor_and_widths", "Nor is wider better here: the error is higher.",
+     lambda: of("dead_features", "law", "8,192 features", "mse")
+     / of("dead_features", "log", "+ learning rate 0.003 = improved", "mse"), 1.05, 1.5),
+    ("A4_monitor_and_widths", "without it, one in six at $k = 10$",
+     lambda: of("dead_features", "law", "k = 10, without the floor", "dead_fraction"), 0.14, 0.19),
+    ("A4_monitor_and_widths", "next to no feature is rare",
+     lambda: of("dead_features", "ensemble", "improved", "rare_fraction"), 0, 0.005),
+    ("A4_monitor_and_widths", "lets the members part a little", lambda: falls("matched_cosine"), -0.05, -0.005),
 ]  # fmt: skip
 
 
