@@ -1,4 +1,4 @@
-"""The README in two languages: short, the same commands, numbers and links; its tables are those of the stored files."""
+"""The README in two languages: short, the same commands, numbers and links; tables from the stored files."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ def numbers(text):
 
 
 def test_english_readme_is_read_in_six_minutes():
-    assert len(ENGLISH.split()) <= 1200
+    assert sum(any(map(str.isalnum, word)) for word in ENGLISH.split()) <= 1200  # a table's bars are no words
 
 
 @pytest.mark.parametrize("part", [links, code, numbers], ids=lambda part: part.__name__)
