@@ -22,11 +22,14 @@ def machine(device="cpu"):
     return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
 
 
-def main(script, parts, names, device="cpu", file=None):
-    """Run the parts (all without `names`), each a function of the data; replace theirs in results/<file>.json."""
+def main(script, parts, names, device="cpu", file=None, data=None):
+    """Run the parts (all without `names`), each a function of the data; replace theirs in results/<file>.json.
+
+    `data` (default: MNIST) has at least a name.
+    """
     if unknown := [name for name in names if name not in parts]:
         sys.exit(f"{unknown[0]!r} is not a part: choose among {', '.join(parts)}")
-    data = sae.load_mnist()
+    data = data or sae.load_mnist()
     path = RESULTS / f"{file or script}.json"
     for name in names or parts:
         part = {
