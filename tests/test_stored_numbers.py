@@ -151,7 +151,7 @@ NUMBERS = [
      -0.15, -0.03),
     ("03_amp_ensemble_training", "they would be a fifth of those",
      lambda: seeds("kinds", "top-k", "pairs_above_0.7") / (1 - seeds("kinds", "top-k", "rare_fraction")), 0.18, 0.21),
-    ("03_amp_ensemble_training", "and L1 has a third",
+    ("03_amp_ensemble_training", "L1 has a third",
      lambda: seeds("kinds", "ReLU and L1", "pairs_above_0.7") / (1 - seeds("kinds", "ReLU and L1", "rare_fraction")),
      0.31, 0.36),
     ("03_amp_ensemble_training", "top-k's third of rare features",
