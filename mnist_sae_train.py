@@ -468,7 +468,7 @@ class Run:
             "seconds": self.seconds, "wandb_id": self.wandb_id, "parent": os.getppid(),  # torchrun, perhaps
         }  # fmt: skip
         tensors, text = trainer.tensors(), json.dumps(described, allow_nan=False)
-        write_durably(self.out / STATE, save(tensors, {"state": text, "sha256": checksum(text, tensors)}))
+        write_durably(self.out / STATE, save(tensors, {"state": text, "sha256": sae.checksum(text, tensors)}))
         self.saved_step = trainer.step
 
     def restore(self, state: dict) -> None:
@@ -888,7 +888,7 @@ def read_state(out: Path) -> dict | None:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             text, sha256 = (file.metadata()[name] for name in ("state", "sha256"))
-        if sha256 != checksum(text, tensors):
+        if sha256 != sae.checksum(text, tensors):
             raise ValueError("it is damaged: its checksum is wrong")
         state = json.loads(text)
         require(state["recipe"].keys() == {field.name for field in fields(sae.Recipe)})
@@ -913,14 +913,6 @@ def read_state(out: Path) -> dict | None:
     except Exception as error:
         raise unreadable(path, error) from error
     return state | {"tensors": tensors}
-
-
-def checksum(text: str, tensors: dict[str, Tensor]) -> str:
-    sha256 = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        sha256.update(tensor.numpy())
-    return sha256.hexdigest()
 
 
 def require(*conditions: object) -> None:

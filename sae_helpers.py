@@ -165,7 +165,7 @@ class TopKSAE(nn.Module):
         metadata = {name: str(int(getattr(self, name))) for name in ("d_in", "d_sae", "n_members", "relu")}
         metadata |= {"k": ",".join(map(str, np.atleast_1d(self.k))), "data": data, "recipe": recipe}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        metadata["sha256"] = _checksum(metadata, tensors)
+        metadata["sha256"] = checksum(json.dumps(metadata, sort_keys=True), tensors)
         content = save(tensors, metadata)  # with the metadata in random order: equal runs should write equal bytes
         end = 8 + int.from_bytes(content[:8], "little")
         head = (text := json.dumps(json.loads(content[8:end]), sort_keys=True).encode()) + b" " * (-len(text) % 8)
@@ -179,13 +179,14 @@ class TopKSAE(nn.Module):
         try:
             with safe_open(path, framework="pt") as file:
                 metadata, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if "sha256" in metadata and metadata.pop("sha256") != _checksum(metadata, state):
+            given = metadata.pop("sha256", None)  # other writers may leave it out
+            if given not in (None, checksum(json.dumps(metadata, sort_keys=True), state)):
                 raise ValueError("it is damaged: its checksum is wrong")
             d_in, d_sae, M = (int(metadata[name]) for name in ("d_in", "d_sae", "n_members"))
             W, A, (k, *more) = state["W"], state.get("A"), map(int, metadata["k"].split(","))
             fits = A is None or (len(A) in (1, M) and A.shape[1:] == (d_in, d_in))  # other writers may have M maps
-            if not (fits and W.numel() and W.shape == (M, d_sae, d_in)):  # before anything of that size is made
-                raise ValueError(f"W has the shape {list(W.shape)}")
+            if not (fits and W.numel() and W.shape == (M, d_sae, d_in) and W.is_floating_point()):  # before it is made
+                raise ValueError(f"W is {W.dtype} {list(W.shape)}")
             model = cls(d_in, d_sae, (k, *more) if more else k, range(M), None, A is not None, metadata["relu"] == "1")
             model.A = None if A is None else nn.Parameter(A)
             model.load_state_dict(state)
@@ -195,9 +196,10 @@ class TopKSAE(nn.Module):
         return model
 
 
-def _checksum(metadata, tensors):
-    body = b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
-    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode() + body).hexdigest()
+def checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of a text and of tensors, with their names, types and shapes."""
+    parts = [(f"{name} {t.dtype} {list(t.shape)}".encode(), t.numpy().tobytes()) for name, t in sorted(tensors.items())]
+    return hashlib.sha256(b"".join(sum(parts, (text.encode(),)))).hexdigest()
 
 
 def per_member(name: str, value, n_members: int) -> tuple:
@@ -452,10 +454,8 @@ class Recipe:
 
 RECIPES = {
     "improved": Recipe("improved"),
-    "reference": Recipe(
-        "reference", decoder_bias=False, encoder_map=False, row_moments=False, selection_floor=0,
-        learning_rate=1e-3, decay=0, monitor=True,
-    ),
+    "reference": Recipe("reference", decoder_bias=False, encoder_map=False, row_moments=False, selection_floor=0,
+                        learning_rate=1e-3, decay=0, monitor=True),
 }  # fmt: skip
 
 

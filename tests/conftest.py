@@ -37,6 +37,17 @@ def pytest_configure(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    return write_small(tmp_path_factory.mktemp("data") / "letters")
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """No test writes into the project."""
+    monkeypatch.chdir(tmp_path)
+
+
 def idx(array: np.ndarray) -> bytes:
     """MNIST's file format, written independently of the reader that it tests."""
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.astype(np.uint8).tobytes()

@@ -30,23 +30,14 @@ from safetensors.torch import load_file
 import mnist_sae_train as cli
 import sae_helpers as sae
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 SCRIPT = Path(cli.__file__).resolve()
 TINY = ["--hidden_size", "24", "--k", "3", "--num_saes", "2", "--epochs", "2", "--batch_size", "32", "--device", "cpu"]
 RESULTS = {"sae.safetensors", "metrics.json", "reconstructions.png", "training_metrics.png", "sae_features.png"}
 QUALITY = ("mse", "pearson", "explained_variance", "dead_fraction", "rare_fraction")
 SECONDS = 120  # far above what any process here takes
 LOADED = ["mnist_sae_train", "matplotlib.pyplot", "scipy.optimize", "torchvision.datasets", "pytest", "tqdm.auto"]
-
-
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory):
-    return write_small(tmp_path_factory.mktemp("data") / "letters")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """No test writes into the project."""
-    monkeypatch.chdir(tmp_path)
 
 
 def run(*arguments):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -624,6 +625,19 @@ def test_changed_weight_is_found(saved):
     content[-1] ^= 1
     path.write_bytes(content)
     with one_line_error(path, "its checksum is wrong"):
+        sae.TopKSAE.load(path)
+
+
+@pytest.mark.parametrize("by_other_writer", [False, True])
+def test_weights_of_another_type_are_found(saved, by_other_writer):
+    _, path = saved
+    content = path.read_bytes()
+    if by_other_writer:  # without a checksum; the header keeps its length
+        content = re.sub(rb'"sha256": "(\w{64})"', rb'"sha257": "\1"', content)
+    changed = content.replace(b'"F32"', b'"I32"')
+    assert changed != content
+    path.write_bytes(changed)
+    with one_line_error(path, "is no checkpoint", "torch.int32" if by_other_writer else "its checksum is wrong"):
         sae.TopKSAE.load(path)
 
 

@@ -311,7 +311,7 @@ def test_forged_states_whose_checksum_is_right(small_state):
         with contextlib.suppress(Exception), safe_open(path, framework="pt") as file:
             text = file.metadata()["state"]
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            save_file(tensors, path, {"state": text, "sha256": cli.checksum(text, tensors)})
+            save_file(tensors, path, {"state": text, "sha256": sae.checksum(text, tensors)})
         return path.read_bytes()
 
     def goes_on(run, _):

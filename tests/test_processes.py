@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import PROJECT, write_small
+from conftest import PROJECT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_command_line import RESULTS, SECONDS, TINY, Process, assert_one_line, assert_refused, run, strict_json
@@ -25,18 +25,9 @@ from test_runs import ENDLESS, assert_as_if_never_stopped, stopped, wait_for
 import mnist_sae_train as cli
 import sae_helpers as sae
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 MANY = [*TINY, "--epochs", 5, "--consistency_weight", 0.1]
-
-
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory):
-    return write_small(tmp_path_factory.mktemp("data") / "letters")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """No test writes into the project."""
-    monkeypatch.chdir(tmp_path)
 
 
 # What they train

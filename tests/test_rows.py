@@ -19,14 +19,10 @@ from test_runs import assert_as_if_never_stopped, stopped
 import mnist_sae_train as cli
 import sae_helpers as sae
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 FILES = {"sae.safetensors", "metrics.json", "training_metrics.png"}
 N, D = 5000, 12
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """No test writes into the project."""
-    monkeypatch.chdir(tmp_path)
 
 
 def numbers(n=N, d=D, kind=np.float32):

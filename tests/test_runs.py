@@ -27,22 +27,13 @@ from test_command_line import RESULTS, SECONDS, TINY, Process, assert_one_line, 
 import mnist_sae_train as cli
 import sae_helpers as sae
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 STATE = cli.STATE
 EPOCHS, STEPS = 5, 20
 MANY = [*TINY, "--epochs", EPOCHS, "--consistency_weight", 0.1]
 ENDLESS = [*TINY, "--epochs", 100_000]
 RESUME = ["--resume", "--device", "cpu"]  # `auto` could be another one, and gives other roundings
-
-
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory):
-    return write_small(tmp_path_factory.mktemp("data") / "letters")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """No test writes into the project."""
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -474,7 +465,7 @@ def changed(out, change):
     tensors = load_file(out / STATE)
     change(tensors, state)
     text = json.dumps(state)
-    save_file(tensors, out / STATE, {"state": text, "sha256": cli.checksum(text, tensors)})
+    save_file(tensors, out / STATE, {"state": text, "sha256": sae.checksum(text, tensors)})
 
 
 def test_state_from_cuda_goes_on_on_a_cpu(letters, interrupted, whole):
