@@ -85,7 +85,6 @@ class AuxK(sae.Trainer):
     """Auxiliary loss after Gao et al. 2024: dead features try to explain what the others leave over."""
 
     weight, k_aux, window = 1 / 32, 256, 100
-    capture = False  # what it does depends on the step
 
     def losses(self, x, x_hat):
         if self.step % self.window == 0:

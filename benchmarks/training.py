@@ -1,6 +1,6 @@
 """Speed of training: the reference loop and five separate modules against ours.
 
-    python benchmarks/training.py [one_member] [ensemble] [growth] [memory] [precision] [agreement]
+    python benchmarks/training.py [ensemble] [growth] [memory] [precision] [agreement]
 
 Without a name all parts run, about 12 minutes on two CPU cores (`make bench`). What is
 compared takes turns in one process, on the same batches of MNIST; a turn's time is a mean
@@ -120,12 +120,6 @@ def take_turns(trainers, turns, steps, warm_up=10):
     return times
 
 
-def one_member(data):
-    recipe = replace(REFERENCE, n_members=1)
-    trainers = {"straightforward": Separate(recipe, data.train), "ours": OURS(recipe, data.train, DEVICE)}
-    return take_turns(trainers, turns=15, steps=dict.fromkeys(trainers, 20))
-
-
 def ensemble(data):
     without = replace(REFERENCE, consistency_weight=0)
     trainers = {
@@ -241,7 +235,7 @@ def agreement(data, steps=(0, 50, 100, 150, 200)):
 
 
 PARTS = {
-    "one_member": one_member, "ensemble": ensemble, "growth": growth, "memory": memory, "precision": precision,
+    "ensemble": ensemble, "growth": growth, "memory": memory, "precision": precision,
     "agreement": agreement,
 }  # fmt: skip
 
