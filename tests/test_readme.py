@@ -68,3 +68,10 @@ def test_times_are_the_stored_ones():
     for name in ("reference loop", "five separate modules", "ours, with the consistency loss", "ours, without"):
         beyond = memory[name] - memory["libraries and images"]
         assert f"| {name} | {min(times[name]):,.0f} ms | {beyond:.0f} MiB |" in ENGLISH
+
+
+def test_the_two_judges_say_what_notebook_06_has():
+    prose = (ROOT / "notebooks" / "06_trusting_features.ipynb").read_text(encoding="utf-8")
+    network, neighbours = re.search(r"network (\d+) %, neighbours ([\d.]+) %", prose).groups()
+    assert f"the network read a 9 in {float(network) / 10:.0f} of 10" in ENGLISH
+    assert float(neighbours) < 1 and "a 9 in fewer than 1 of 100" in ENGLISH
